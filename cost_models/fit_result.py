@@ -1,0 +1,82 @@
+"""Schema of fit.json: how well the latency models do on rows they have not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from profiler.device import DeviceInfo
+
+
+class Point(BaseModel):
+    """One row, measured and predicted. ``split`` says whether the model had seen it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    split: Literal["train", "test"]
+    measured_ms: float
+    predicted_ms: float
+    low_ms: float
+    high_ms: float
+
+
+class LoweringFit(BaseModel):
+    """The latency model of one form and lowering on one device, with its held-out errors.
+
+    Errors are None where no held-out row was left. They come from a model fitted on the training
+    part only; the table is then fitted on all rows.
+
+    Attributes:
+        form, lowering: What was modelled.
+        rows_train, rows_test: Sizes of the split.
+        mape: Mean absolute percentage error on the held-out rows, in percent.
+        within_10_percent: Share of held-out rows within ±10 %, in percent.
+        interval_coverage: Share of held-out rows inside their 90 % interval, in percent.
+        mape_roofline, mape_nearest: The same error of a fitted roofline and of the nearest
+            measured neighbour.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    form: str
+    lowering: str
+    is_baseline: bool
+    rows_train: int
+    rows_test: int
+    mape: float | None
+    within_10_percent: float | None
+    interval_coverage: float | None
+    mape_roofline: float | None
+    mape_nearest: float | None
+    points: list[Point]
+
+
+class FitResult(BaseModel):
+    """What ``python -m cost_models.fit`` found. ``skipped`` says what had too few rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["shiftadd-fit"] = "shiftadd-fit"
+    version: Literal[1] = 1
+    store: str
+    device: DeviceInfo
+    seed: int
+    created_at: str
+    fits: list[LoweringFit]
+    skipped: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        """Writes fit.json."""
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> FitResult:
+        """Reads fit.json.
+
+        Raises:
+            ValueError: If it is none of ours or of another version.
+        """
+        return cls.model_validate_json(path.read_text())

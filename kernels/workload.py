@@ -1,0 +1,310 @@
+"""Workload: the key under which a product is built, measured, modelled and deployed.
+
+Standard library only: everything in the suite may import it at no cost.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+Primitive = Literal["mult", "shift", "add"]
+Alphabet = Literal["real", "pow2", "01", "pm1"]
+
+PRIMITIVES: tuple[str, ...] = get_args(Primitive)
+
+DTYPE_BITS: dict[str, int] = {
+    "float32": 32,
+    "bfloat16": 16,
+    "float16": 16,
+    "int32": 32,
+    "int8": 8,
+    "uint8": 8,
+    "bit": 1,
+}
+
+
+class WorkloadError(ValueError):
+    """A workload that cannot exist; ``key`` names the offending field."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One product ``out[b, m, n] = sum_k x[b, m, k] * w[b, n, k]`` and how it is represented.
+
+    Linears have ``b = 1`` and fold the batch into ``m`` (tokens). The two products of linear
+    attention have ``b = batch * heads``: in KᵀV, ``m`` is the code bits, ``k`` the tokens and
+    ``n`` the value dimension; in Q(KᵀV), ``m`` is the tokens and ``k`` the code bits.
+
+    Attributes:
+        primitive: What stands in for the multiplication: mult, shift or add.
+        b, m, k, n: Sizes of the product, each at least 1.
+        x_layout: Memory order of x, ``mk`` or ``km`` (the last letter is contiguous).
+        w_layout: Memory order of w before packing, ``nk`` or ``kn``.
+        coded: Which operand is written in ``alphabet``.
+        alphabet: ``real``; ``pow2`` (±2^p); ``01`` or ``pm1`` (binary codes).
+        code_bits: Bits of one code in storage (32 for real fp32).
+        exponent_min, exponent_max: Range of p for ``pow2``, else None.
+        x_dtype, w_dtype: The types the products are computed from. With ``quantise`` or ``pack``
+            in ``fused`` the kernel reads x as out_dtype and makes x_dtype itself.
+        acc_dtype, out_dtype: Types of the accumulator and of the result.
+        fused: Sorted names of what the kernel does beside the product: ``bias``; ``scale`` (one
+            factor per output channel); ``quantise`` (x to x_dtype, one scale per row);
+            ``pack`` (x to bits by its sign); ``cast`` (x to x_dtype); ``both`` (both products of
+            linear attention in one kernel).
+    """
+
+    primitive: Primitive
+    b: int = 1
+    m: int
+    k: int
+    n: int
+    x_layout: Literal["mk", "km"] = "mk"
+    w_layout: Literal["nk", "kn"] = "nk"
+    coded: Literal["none", "x", "w"] = "none"
+    alphabet: Alphabet = "real"
+    code_bits: int = 32
+    exponent_min: int | None = None
+    exponent_max: int | None = None
+    x_dtype: str = "float32"
+    w_dtype: str = "float32"
+    acc_dtype: str = "float32"
+    out_dtype: str = "float32"
+    fused: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("b", "m", "k", "n", "code_bits"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise WorkloadError(name, f"must be a whole number of at least 1, got {size!r}")
+        for name in ("primitive", "x_layout", "w_layout", "coded", "alphabet"):
+            allowed = get_args(get_type_hints(Workload)[name])
+            if getattr(self, name) not in allowed:
+                raise WorkloadError(
+                    name, f"must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name in ("x_dtype", "w_dtype", "acc_dtype", "out_dtype"):
+            if getattr(self, name) not in DTYPE_BITS:
+                raise WorkloadError(
+                    name, f"must be one of {', '.join(DTYPE_BITS)}, got {getattr(self, name)!r}"
+                )
+        if (self.alphabet == "real") != (self.coded == "none"):
+            raise WorkloadError("alphabet", f"{self.alphabet!r} contradicts coded={self.coded!r}")
+        if (self.alphabet == "pow2") != (self.exponent_min is not None):
+            raise WorkloadError("exponent_min", "is given exactly for the alphabet pow2")
+        if tuple(sorted(self.fused)) != self.fused:
+            object.__setattr__(self, "fused", tuple(sorted(self.fused)))
+
+    @property
+    def kind(self) -> str:
+        """``linear``, ``kv`` (KᵀV) or ``qkv`` (Q(KᵀV))."""
+        if self.primitive == "add" or self.w_layout == "kn":
+            return "kv" if self.x_layout == "km" else "qkv"
+        return "linear"
+
+    @property
+    def form(self) -> str:
+        """Name in FORMS of what is computed, whatever its sizes; ``custom`` if it has none."""
+        for name, form in FORMS.items():
+            if all(getattr(self, key) == value for key, value in form.items()):
+                return name
+        return "custom"
+
+    @property
+    def product(self) -> str:
+        """The mathematical product, equal for all forms that can replace each other in a model."""
+        shape = f"{self.b}x{self.m}x{self.k}x{self.n}"
+        codes = f" {self.alphabet}" if self.kind != "linear" else ""
+        bias = " +bias" if "bias" in self.fused else ""
+        return f"{self.kind} {shape}{codes}{bias}"
+
+    @property
+    def label(self) -> str:
+        """Short text for people."""
+        return f"{self.form} {self.product}"
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON: equal exactly for equal workloads, stable across versions of Python."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def dynamic(self) -> tuple[str, ...]:
+        """The sizes that a built kernel takes from its operands at each launch."""
+        return {"linear": ("m",), "kv": ("b", "k"), "qkv": ("b", "m")}[self.kind]
+
+    @property
+    def family(self) -> Workload:
+        """This workload with its dynamic sizes set to 1: one built kernel serves them all."""
+        return self.with_sizes(**dict.fromkeys(self.dynamic, 1))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through: rows of a linear, sequence length of an attention product."""
+        return self.k if self.kind == "kv" else self.m
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense product."""
+        return self.b * self.m * self.k * self.n
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the stored parameters (codes, scales, bias); attention products have none."""
+        if self.kind != "linear":
+            return 0
+        w_bits = self.code_bits if self.coded == "w" else DTYPE_BITS[self.w_dtype]
+        per_channel = 4 * (("scale" in self.fused) + ("bias" in self.fused))
+        return (self.n * self.k * w_bits + 7) // 8 + self.n * per_channel
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Compulsory memory traffic: each operand read once, the result written once."""
+        made_inside = {"quantise", "pack", "cast"} & set(self.fused)
+        x_bits = DTYPE_BITS[self.out_dtype if made_inside else self.x_dtype]
+        if self.coded == "x" and not made_inside:
+            x_bits = self.code_bits
+        if self.kind == "linear":
+            w_bytes = self.weight_bytes
+        else:
+            w_bytes = self.b * self.k * self.n * DTYPE_BITS[self.w_dtype] // 8
+        x_bytes = (self.b * self.m * self.k * x_bits + 7) // 8
+        return x_bytes + w_bytes + self.b * self.m * self.n * DTYPE_BITS[self.out_dtype] // 8
+
+    def with_sizes(self, **sizes: int) -> Workload:
+        """The same form at other sizes."""
+        return Workload.from_dict(self.to_dict() | sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``from_dict`` is its inverse."""
+        return {**asdict(self), "fused": list(self.fused)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Workload:
+        """Inverse of ``to_dict``.
+
+        Raises:
+            WorkloadError: On an unknown, missing or impossible field.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise WorkloadError(name, "is no field of a workload")
+        for name in ("primitive", "m", "k", "n"):
+            if name not in data:
+                raise WorkloadError(name, "is missing")
+        return cls(**{**data, "fused": tuple(data.get("fused", ()))})
+
+
+_LINEAR = {"w_layout": "nk"}
+_ADD = {
+    "primitive": "add",
+    "coded": "x",
+    "code_bits": 1,
+    "x_dtype": "bit",
+    "w_layout": "kn",
+    "fused": ("pack",),
+}
+
+# What can be computed, apart from its sizes. A sweep, a recipe and a table speak these names.
+FORMS: dict[str, dict[str, Any]] = {
+    "mult_fp32": {
+        **_LINEAR,
+        "primitive": "mult",
+        "w_dtype": "float32",
+        "fused": ("bias",),
+    },
+    "mult_bf16": {
+        **_LINEAR,
+        "primitive": "mult",
+        "code_bits": 16,
+        "x_dtype": "bfloat16",
+        "w_dtype": "bfloat16",
+        "fused": ("bias", "cast"),
+    },
+    "mult_int8": {
+        **_LINEAR,
+        "primitive": "mult",
+        "code_bits": 8,
+        "x_dtype": "int8",
+        "w_dtype": "int8",
+        "acc_dtype": "int32",
+        "fused": ("bias", "quantise", "scale"),
+    },
+    # Sign and p + 127 in one byte: any p of an fp32 number of at most 1. The range is DeepShift's.
+    "shift_fp32": {
+        **_LINEAR,
+        "primitive": "shift",
+        "coded": "w",
+        "alphabet": "pow2",
+        "code_bits": 8,
+        "exponent_min": -15,
+        "exponent_max": 0,
+        "w_dtype": "int8",
+        "fused": ("bias", "scale"),
+    },
+    # ±2^0 … ±2^6 are the powers of two an int8 weight can hold with either sign.
+    "shift_int8": {
+        **_LINEAR,
+        "primitive": "shift",
+        "coded": "w",
+        "alphabet": "pow2",
+        "code_bits": 8,
+        "exponent_min": -6,
+        "exponent_max": 0,
+        "x_dtype": "int8",
+        "w_dtype": "int8",
+        "acc_dtype": "int32",
+        "fused": ("bias", "quantise", "scale"),
+    },
+    "add_kv_pm1": {**_ADD, "x_layout": "km", "alphabet": "pm1"},
+    "add_kv_01": {**_ADD, "x_layout": "km", "alphabet": "01"},
+    "add_qkv_pm1": {**_ADD, "x_layout": "mk", "alphabet": "pm1"},
+    "add_qkv_01": {**_ADD, "x_layout": "mk", "alphabet": "01"},
+}
+
+
+def linear(form: str, m: int, k: int, n: int) -> Workload:
+    """Workload of a linear layer: x ``(m, k)`` times W ``(n, k)`` transposed, plus bias ``(n,)``.
+
+    Args:
+        form: A name in FORMS whose primitive is mult or shift.
+        m: Tokens (batch folded in).
+        k: Input features.
+        n: Output features.
+
+    Raises:
+        WorkloadError: On an unknown form or a size below 1.
+    """
+    if form not in FORMS or FORMS[form]["w_layout"] != "nk":
+        names = ", ".join(name for name, f in FORMS.items() if f["w_layout"] == "nk")
+        raise WorkloadError("form", f"{form!r} is no linear form; known: {names}")
+    return Workload(m=m, k=k, n=n, **FORMS[form])
+
+
+def attention(
+    b: int, tokens: int, bits: int, n: int, alphabet: str = "pm1"
+) -> tuple[Workload, Workload]:
+    """The two products of linear attention with binary codes: KᵀV and Q(KᵀV).
+
+    Args:
+        b: Batch × heads.
+        tokens: Sequence length.
+        bits: Code bits of a query or a key.
+        n: Value dimension of a head.
+        alphabet: ``pm1`` for ±1 codes, ``01`` for {0, 1}.
+
+    Raises:
+        WorkloadError: On an unknown alphabet or a size below 1.
+    """
+    if f"add_kv_{alphabet}" not in FORMS:
+        raise WorkloadError("alphabet", f"{alphabet!r} is no binary alphabet; known: pm1, 01")
+    return (
+        Workload(b=b, m=bits, k=tokens, n=n, **FORMS[f"add_kv_{alphabet}"]),
+        Workload(b=b, m=tokens, k=bits, n=n, **FORMS[f"add_qkv_{alphabet}"]),
+    )
