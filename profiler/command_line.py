@@ -1,4 +1,4 @@
-"""What all commands share: bad input is one clear line and exit code 2, before anything is written."""
+"""What all commands share: bad input is one clear line and exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class BadInput(ValueError):
     """Input that a person can mend; the message names the file and the key."""
 
 
-def run(app: typer.Typer, *errors: type[ValueError]) -> NoReturn:
+def run(app: typer.Typer, errors: tuple[type[ValueError], ...] = ()) -> NoReturn:
     """Runs a command; ``errors`` and the suite's own input errors become one line and exit 2."""
+    expected: tuple[type[Exception], ...] = (BadInput, WorkloadError, DeviceError, StoreError)
     try:
         code = app(standalone_mode=False)
     except click.ClickException as error:
         _fail(error.format_message())
-    except (BadInput, WorkloadError, DeviceError, StoreError, *errors) as error:
+    except expected + errors as error:
         _fail(str(error))
     except (KeyboardInterrupt, click.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
