@@ -1,0 +1,210 @@
+"""Weights and codes to and from packed form.
+
+A linear's parameters travel as ``LinearParameters``: what the codes stand for, in fp32, with one
+scale per output channel. Quantisers make them, ``pack_linear`` lays them out for the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.workload import FORMS
+
+# One packed panel: output channels that a micro-kernel computes side by side. 32 = two AVX-512
+# vectors of fp32; narrower instruction sets split it without a change of layout.
+PANEL = 32
+# Neighbouring inputs that one dot-product instruction consumes (vpdpbusd, sdot, dp4a).
+DOT_GROUP = 4
+INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class LinearParameters:
+    """Parameters of one linear, ``weight = values * scale[:, None]``.
+
+    Attributes:
+        form: A linear form in ``kernels.workload.FORMS``.
+        values: fp32 ``(n, k)``: the weights themselves (mult_fp32), whole numbers in ±127
+            (mult_int8) or ±2^p in the form's range of p (shift forms).
+        scale: fp32 ``(n,)``; ones for mult_fp32.
+        bias: fp32 ``(n,)``.
+    """
+
+    form: str
+    values: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The fp32 weight ``(n, k)`` that the codes stand for."""
+        return self.values * self.scale[:, None]
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises activations to int8, one symmetric scale per row, as the kernels do.
+
+    Rounds half to even; a row of zeros gets scale 0. Every step is a single fp32 operation, so
+    that training, oracle and kernel come to the same codes.
+
+    Args:
+        x: fp32 ``(..., k)``.
+
+    Returns:
+        Whole numbers in ±127 as fp32 ``(..., k)``, and the scale ``(..., 1)``.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(largest > 0, INT8_MAX / largest, torch.zeros_like(largest))
+    return torch.round(x * inverse), largest * (1.0 / INT8_MAX)
+
+
+def quantise_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises a weight to int8, one symmetric scale per output channel.
+
+    Args:
+        weight: fp32 ``(n, k)``.
+
+    Returns:
+        Whole numbers in ±127 as fp32 ``(n, k)``, and the scale ``(n,)``.
+    """
+    codes, scale = quantise_rows(weight)
+    return codes, scale[:, 0]
+
+
+def nearest_pow2(weight: Tensor, exponent_min: int, exponent_max: int) -> tuple[Tensor, Tensor]:
+    """Rounds each weight to a signed power of two after a scale per output channel.
+
+    Args:
+        weight: fp32 ``(n, k)``.
+        exponent_min, exponent_max: Range of the exponent.
+
+    Returns:
+        ``±2^p`` as fp32 ``(n, k)``, and the scale ``(n,)``: the channel's largest magnitude over
+        2^exponent_max, 1 for a channel of zeros.
+
+    Source:
+        DeepShift-Q (arXiv 1905.13298), rounding in the log domain; the scale is ours, since
+        |W| <= 1 cannot be relied on.
+    """
+    largest = weight.abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest * 2.0**-exponent_max, torch.ones_like(largest))
+    relative = (weight / scale[:, None]).abs().clamp_min(2.0 ** (exponent_min - 1))
+    exponent = torch.round(torch.log2(relative)).clamp(exponent_min, exponent_max)
+    sign = torch.where(weight < 0, -1.0, 1.0)
+    return sign * torch.exp2(exponent), scale
+
+
+def quantise_weight(form: str, weight: Tensor, bias: Tensor | None = None) -> LinearParameters:
+    """Writes a weight in the alphabet of a form.
+
+    Args:
+        form: A linear form.
+        weight: fp32 ``(n, k)``.
+        bias: fp32 ``(n,)`` or None for zeros.
+    """
+    weight = weight.detach().float()
+    n = weight.shape[0]
+    bias = weight.new_zeros(n) if bias is None else bias.detach().float()
+    if FORMS[form]["primitive"] == "shift":
+        values, scale = nearest_pow2(
+            weight, FORMS[form]["exponent_min"], FORMS[form]["exponent_max"]
+        )
+    elif FORMS[form]["w_dtype"] == "int8":
+        values, scale = quantise_channels(weight)
+    else:
+        values, scale = weight, weight.new_ones(n)
+    return LinearParameters(form, values, scale, bias)
+
+
+def pow2_to_byte(values: Tensor) -> Tensor:
+    """Encodes ±2^p as ``sign << 7 | (p + 127)``: the sign and exponent of an fp32 number.
+
+    Args:
+        values: ±2^p with p in [-126, 0], any shape.
+
+    Returns:
+        int8, same shape.
+    """
+    exponent = torch.frexp(values.abs()).exponent - 1
+    return ((exponent + 127) | ((values < 0).int() << 7)).to(torch.uint8).view(torch.int8)
+
+
+def byte_to_pow2(codes: Tensor) -> Tensor:
+    """Inverse of ``pow2_to_byte``."""
+    code = codes.view(torch.uint8).int()
+    return torch.exp2((code & 127).float() - 127) * (1 - 2 * (code >> 7))
+
+
+def pack_panels(w: Tensor, group: int = 1) -> Tensor:
+    """Lays a weight out in the order in which a micro-kernel reads it, padded with zeros.
+
+    Args:
+        w: ``(n, k)``.
+        group: Neighbouring inputs that stay together.
+
+    Returns:
+        ``(ceil(n / PANEL), ceil(k / group), PANEL, group)``, contiguous.
+    """
+    n, k = w.shape
+    padded = w.new_zeros(-(-n // PANEL) * PANEL, -(-k // group) * group)
+    padded[:n, :k] = w
+    panels = padded.view(-1, PANEL, padded.shape[1] // group, group)
+    return panels.permute(0, 2, 1, 3).contiguous()
+
+
+def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
+    """Inverse of ``pack_panels``: ``(n, k)``."""
+    blocks, groups, _, group = panels.shape
+    return panels.permute(0, 2, 1, 3).reshape(blocks * PANEL, groups * group)[:n, :k].contiguous()
+
+
+def pad_channels(per_channel: Tensor) -> Tensor:
+    """Pads ``(n,)`` with zeros to whole panels."""
+    n = per_channel.shape[0]
+    return torch.nn.functional.pad(per_channel.float(), (0, -n % PANEL)).contiguous()
+
+
+def pack_linear(parameters: LinearParameters) -> tuple[Tensor, ...]:
+    """Packs a linear for its kernel.
+
+    Returns:
+        ``(w, bias)`` for mult_fp32; ``(w, scale, bias)`` for shift_fp32; ``(w, scale, bias,
+        offset)`` for the int8 forms, where offset makes up for the unsigned activations of the
+        dot product: ``128 * sum_k w``.
+    """
+    form, values = parameters.form, parameters.values
+    scale, bias = pad_channels(parameters.scale), pad_channels(parameters.bias)
+    if form == "mult_fp32":
+        return pack_panels(values), bias
+    if form == "shift_fp32":
+        return pack_panels(pow2_to_byte(values)), scale, bias
+    # ±2^p with p >= exponent_min is a whole number once multiplied by 2^-exponent_min.
+    unit = 2.0 ** FORMS[form].get("exponent_min", 0)
+    codes = (values / unit).to(torch.int8)
+    offset = pad_channels(128 * codes.sum(dim=1, dtype=torch.int32)).to(torch.int32)
+    return pack_panels(codes, DOT_GROUP), scale * unit, bias, offset
+
+
+def pack_bits(codes: Tensor) -> Tensor:
+    """Packs booleans eight to a byte, the first in the lowest bit.
+
+    Args:
+        codes: bool ``(..., bits)``.
+
+    Returns:
+        uint8 ``(..., ceil(bits / 8))``.
+    """
+    bits = codes.shape[-1]
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -bits % 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of ``pack_bits``: bool ``(..., bits)``."""
+    positions = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    spread = (packed[..., None] >> positions) & 1
+    return spread.flatten(-2)[..., :bits].bool()
