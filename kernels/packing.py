@@ -146,18 +146,20 @@ def pack_panels(w: Tensor, group: int = 1) -> Tensor:
         group: Neighbouring inputs that stay together.
 
     Returns:
-        ``(ceil(n / PANEL), ceil(k / group), PANEL, group)``, contiguous.
+        ``(ceil(n / PANEL), ceil(k / group), PANEL * group)``, contiguous.
     """
     n, k = w.shape
     padded = w.new_zeros(-(-n // PANEL) * PANEL, -(-k // group) * group)
     padded[:n, :k] = w
     panels = padded.view(-1, PANEL, padded.shape[1] // group, group)
-    return panels.permute(0, 2, 1, 3).contiguous()
+    return panels.permute(0, 2, 1, 3).flatten(2).contiguous()
 
 
 def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
     """Inverse of ``pack_panels``: ``(n, k)``."""
-    blocks, groups, _, group = panels.shape
+    blocks, groups, width = panels.shape
+    group = width // PANEL
+    panels = panels.view(blocks, groups, PANEL, group)
     return panels.permute(0, 2, 1, 3).reshape(blocks * PANEL, groups * group)[:n, :k].contiguous()
 
 

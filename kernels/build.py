@@ -1,0 +1,137 @@
+"""Workload + lowering + target -> Kernel."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Read once, when TVM's runtime starts. Binding its threads to cores would bind the caller's too.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+import torch
+import tvm
+from torch import Tensor
+from tvm import tirx
+
+from kernels.lowerings import add, mult, shift
+from kernels.packing import pack_linear
+from kernels.reference import Operands
+from kernels.targets import KernelTarget, cpu_target
+from kernels.workload import Workload
+
+
+class BuildError(ValueError):
+    """A kernel that cannot be built."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to compute some forms on one kind of target."""
+
+    target: str
+    forms: tuple[str, ...]
+    define: Callable[[Workload, KernelTarget], tirx.PrimFunc]
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "mult.panels": Lowering("llvm", ("mult_fp32",), mult.panels),
+    "mult.dot": Lowering("llvm", ("mult_int8",), mult.dot),
+    "shift.panels": Lowering("llvm", ("shift_fp32",), shift.panels),
+    "shift.dot": Lowering("llvm", ("shift_int8",), shift.dot),
+    "add.buckets": Lowering("llvm", ("add_kv_pm1", "add_kv_01"), add.buckets),
+    "add.tables": Lowering("llvm", ("add_qkv_pm1", "add_qkv_01"), add.tables),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A product that can be launched on torch tensors without a copy.
+
+    Attributes:
+        workload: What it computes; the dynamic sizes are those of the operands at each launch.
+        lowering: How, by name.
+        is_baseline: True for another project's implementation.
+        pack: Operands -> arguments of ``launch`` without the output; weights are packed here,
+            once, activations stay fp32.
+        launch: ``launch(*arguments, out)`` on torch's current stream.
+        exact: False for a baseline that rounds otherwise than its form declares.
+    """
+
+    workload: Workload
+    lowering: str
+    is_baseline: bool
+    pack: Callable[[Operands], tuple[Any, ...]]
+    launch: Callable[..., None]
+    exact: bool = True
+
+    def allocate(self, operands: Operands) -> Tensor:
+        """An output for these operands: ``(m, n)`` of a linear, ``(b, m, n)`` else."""
+        x, n = operands.x, self.workload.n
+        if self.workload.kind == "linear":
+            return x.new_empty(x.shape[0], n)
+        rows = x.shape[2] if self.workload.kind == "kv" else x.shape[1]
+        return x.new_empty(x.shape[0], rows, n)
+
+    def __call__(self, operands: Operands) -> Tensor:
+        """Packs, allocates and launches: for checks, not for timing."""
+        out = self.allocate(operands)
+        self.launch(*self.pack(operands), out)
+        return out
+
+
+def set_threads(threads: int) -> None:
+    """Sets the CPU threads of TVM and of torch, for all kernels of this process."""
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    torch.set_num_threads(threads)
+
+
+def lowerings(workload: Workload, target: str = "llvm") -> list[str]:
+    """Names of our lowerings that compute a workload's form on a kind of target."""
+    return [
+        name
+        for name, lowering in LOWERINGS.items()
+        if lowering.target == target and workload.form in lowering.forms
+    ]
+
+
+@functools.cache
+def _compiled(lowering: str, family: Workload, target: KernelTarget) -> tvm.runtime.Executable:
+    function = LOWERINGS[lowering].define(family, target)
+    return tvm.compile(tvm.IRModule({"main": function}), target=target.tvm)
+
+
+def _arguments(operands: Operands) -> tuple[Tensor, ...]:
+    if operands.parameters is not None:
+        return operands.x, *pack_linear(operands.parameters)
+    assert operands.values is not None
+    return operands.x, operands.values
+
+
+def build(
+    workload: Workload, lowering: str | None = None, target: KernelTarget | None = None
+) -> Kernel:
+    """Builds a kernel, or takes it from this process's cache of its family.
+
+    Args:
+        workload: What to compute.
+        lowering: A name in LOWERINGS; without one, the first for the workload's form.
+        target: Where it will run; without one, this machine's CPU.
+
+    Raises:
+        BuildError: If the lowering is unknown or does not compute this form on this target.
+    """
+    target = target or cpu_target()
+    known = lowerings(workload, target.name)
+    if lowering is None and not known:
+        raise BuildError(f"{workload.form}: no lowering for {target.name}")
+    lowering = lowering or known[0]
+    if lowering not in known:
+        names = ", ".join(known) or "none"
+        raise BuildError(
+            f"{lowering}: no lowering of {workload.form} on {target.name}; known: {names}"
+        )
+    library = _compiled(lowering, workload.family, target)
+    return Kernel(workload, lowering, False, _arguments, library["main"])

@@ -1,0 +1,233 @@
+"""The CPU schedules that mult and shift share, so that only the weights differ between them.
+
+Weights come packed in panels of 32 output channels (``kernels.packing.pack_panels``). A tile of
+rows × one panel is accumulated in registers over the whole of k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm.script.ir_builder.tirx as T
+from tvm import tirx
+
+from kernels.lowerings.emit import LANES, argument, at, fill, program, spans, tiles
+from kernels.packing import DOT_GROUP, INT8_MAX, PANEL
+from kernels.targets import KernelTarget
+from kernels.workload import Workload
+
+VECTORS = PANEL // LANES
+
+# Above this many bytes of weights a panel is kept hot and the rows are streamed past it.
+_STREAM_WEIGHT_BYTES = 512 * 1024
+
+
+def tile_rows(target: KernelTarget) -> int:
+    """Rows of accumulators that fit the registers beside one row of weights and an activation."""
+    registers_a_row = VECTORS * LANES * 32 // target.vector_bits
+    return max(1, (target.vector_registers - registers_a_row - 2) // registers_a_row)
+
+
+def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> None:
+    """Writes one row of a panel; the last panel of a ragged n is cut to its channels."""
+
+    def whole() -> None:
+        for v, vector in enumerate(vectors):
+            T.buffer_store(out, vector, [row, at(panel * PANEL + v * LANES, LANES)])
+
+    def cut() -> None:
+        # A copy, so that no scalar access keeps the accumulators themselves out of registers.
+        copy = T.alloc_buffer((PANEL,), "float32", scope="local")
+        for v, vector in enumerate(vectors):
+            T.buffer_store(copy, vector, [at(v * LANES, LANES)])
+        for offset, lanes in spans(n % PANEL):
+            value = copy[at(offset, lanes)]
+            T.buffer_store(out, value, [row, at(panel * PANEL + offset, lanes)])
+
+    if n % PANEL == 0:
+        whole()
+    elif n < PANEL:
+        cut()
+    else:
+        with T.If((panel + 1) * PANEL <= n):
+            with T.Then():
+                whole()
+            with T.Else():
+                cut()
+
+
+def fma_panels(
+    workload: Workload, target: KernelTarget, w_dtype: str, decode: Callable[[Any], Any]
+) -> tirx.PrimFunc:
+    """fp32 accumulation by fused multiply-add: ``main(x, w, [scale,] bias, out)``.
+
+    Args:
+        workload: A linear; its m is taken from x at each launch.
+        target: The CPU.
+        w_dtype: Stored type of a weight.
+        decode: Turns a vector of stored weights into fp32, once a panel row and tile.
+    """
+    k, n = workload.k, workload.n
+    panels = -(-n // PANEL)
+    scaled = "scale" in workload.fused
+
+    def body() -> None:
+        m = T.int32()
+        x = argument("x", (m, k), "float32")
+        w = argument("w", (panels, k, PANEL), w_dtype)
+        scale = argument("scale", (panels * PANEL,), "float32") if scaled else None
+        bias = argument("bias", (panels * PANEL,), "float32")
+        out = argument("out", (m, n), "float32")
+
+        def tile(rows: int, first: Any, panel: Any) -> None:
+            sums = T.alloc_buffer((rows * PANEL,), "float32", scope="local")
+            weights = T.alloc_buffer((PANEL,), "float32", scope="local")
+            where = [
+                [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
+            ]
+            for r in range(rows):
+                for v in range(VECTORS):
+                    T.buffer_store(sums, fill(T.float32(0), LANES), [where[r][v]])
+            with T.serial(0, k) as kk:
+                for v in range(VECTORS):
+                    stored = w[panel, kk, at(v * LANES, LANES)]
+                    T.buffer_store(weights, decode(stored), [at(v * LANES, LANES)])
+                for r in range(rows):
+                    for v in range(VECTORS):
+                        product = fill(x[first + r, kk], LANES) * weights[at(v * LANES, LANES)]
+                        T.buffer_store(sums, sums[where[r][v]] + product, [where[r][v]])
+            for r in range(rows):
+                vectors = []
+                for v in range(VECTORS):
+                    channel = at(panel * PANEL + v * LANES, LANES)
+                    value = sums[where[r][v]]
+                    vectors.append(
+                        (value if scale is None else value * scale[channel]) + bias[channel]
+                    )
+                _store_row(out, first + r, panel, n, vectors)
+
+        tiles(m, panels, tile_rows(target), workload.weight_bytes > _STREAM_WEIGHT_BYTES, tile)
+
+    return program(body)
+
+
+def _dot_groups(target: KernelTarget, sums: Any, codes: Any, weights: Any) -> Any:
+    """``sums[16] + sum_g codes[g] * weights[16, g]``: int32 += uint8 × int8, four a lane.
+
+    Args:
+        target: Decides on the instruction.
+        sums: int32x16.
+        codes: Four uint8 activations as one int32.
+        weights: int8x64.
+
+    Source:
+        Intel SDM, VPDPBUSD (products of a group are summed without saturation).
+    """
+    if target.dot_product == "vpdpbusd.512":
+        spread = tirx.reinterpret("uint8x64", fill(codes, LANES))
+        return T.call_llvm_pure_intrin(
+            "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums, spread, weights
+        )
+    lanes = tirx.reinterpret("int32x16", weights)
+    for g in range(DOT_GROUP):
+        code = tirx.bitwise_and(tirx.shift_right(codes, tirx.const(8 * g, "int32")), 255)
+        up = tirx.shift_left(lanes, fill(tirx.const(24 - 8 * g, "int32"), LANES))
+        sums = sums + fill(code, LANES) * tirx.shift_right(up, fill(tirx.const(24, "int32"), LANES))
+    return sums
+
+
+def _quantise_row(x: Any, row: Any, k: int, codes: Any, row_scale: Any) -> None:
+    """Emits ``kernels.packing.quantise_rows`` for one row; codes are stored plus 128."""
+    largest = T.alloc_buffer((LANES,), "float32", scope="local")
+    T.buffer_store(largest, fill(T.float32(0), LANES), [at(0, LANES)])
+    whole = k // LANES
+
+    def magnitude(offset: Any, lanes: int) -> Any:
+        value = x[row, at(offset, lanes)]
+        return tirx.max(value, fill(T.float32(0), lanes) - value)
+
+    with T.serial(0, whole) as c:
+        value = tirx.max(largest[at(0, LANES)], magnitude(c * LANES, LANES))
+        T.buffer_store(largest, value, [at(0, LANES)])
+    for offset, lanes in spans(k % LANES):
+        value = tirx.max(largest[at(0, lanes)], magnitude(whole * LANES + offset, lanes))
+        T.buffer_store(largest, value, [at(0, lanes)])
+    half = LANES // 2
+    while half:
+        value = tirx.max(largest[at(0, half)], largest[at(half, half)])
+        T.buffer_store(largest, value, [at(0, half)])
+        half //= 2
+    inverse = T.alloc_buffer((1,), "float32", scope="local")
+    positive = largest[0] > T.float32(0)
+    ratio = tirx.Select(positive, T.float32(INT8_MAX) / largest[0], T.float32(0))
+    T.buffer_store(inverse, ratio, [0])
+    T.buffer_store(row_scale, largest[0] * T.float32(1.0 / INT8_MAX), [row])
+
+    def code(offset: Any, lanes: int) -> None:
+        scaled = tirx.nearbyint(x[row, at(offset, lanes)] * fill(inverse[0], lanes))
+        whole_number = tirx.Cast("int32" if lanes == 1 else f"int32x{lanes}", scaled)
+        shifted = whole_number + fill(tirx.const(128, "int32"), lanes)
+        byte = tirx.Cast("uint8" if lanes == 1 else f"uint8x{lanes}", shifted)
+        T.buffer_store(codes, byte, [row, at(offset, lanes)])
+
+    with T.serial(0, whole) as c:
+        code(c * LANES, LANES)
+    for offset, lanes in spans(k % LANES):
+        code(whole * LANES + offset, lanes)
+
+
+def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
+    """int8 dot products and all around them: ``main(x, w, scale, bias, offset, out)``.
+
+    The rows of x are quantised once into a workspace, then multiplied as unsigned bytes; what the
+    shift by 128 adds, ``offset[n]``, is taken off at the end.
+
+    Args:
+        workload: An int8 linear; its m is taken from x at each launch.
+        target: The CPU.
+    """
+    k, n = workload.k, workload.n
+    panels, groups = -(-n // PANEL), -(-k // DOT_GROUP)
+    width = LANES * DOT_GROUP
+
+    def body() -> None:
+        m = T.int32()
+        x = argument("x", (m, k), "float32")
+        w = argument("w", (panels, groups, PANEL * DOT_GROUP), "int8")
+        scale = argument("scale", (panels * PANEL,), "float32")
+        bias = argument("bias", (panels * PANEL,), "float32")
+        offset = argument("offset", (panels * PANEL,), "int32")
+        out = argument("out", (m, n), "float32")
+        codes = T.alloc_buffer((m, groups * DOT_GROUP), "uint8", scope="global")
+        row_scale = T.alloc_buffer((m,), "float32", scope="global")
+        with T.parallel(0, m) as row:
+            _quantise_row(x, row, k, codes, row_scale)
+
+        def tile(rows: int, first: Any, panel: Any) -> None:
+            sums = T.alloc_buffer((rows * PANEL,), "int32", scope="local")
+            where = [
+                [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
+            ]
+            for r in range(rows):
+                for v in range(VECTORS):
+                    T.buffer_store(sums, fill(tirx.const(0, "int32"), LANES), [where[r][v]])
+            with T.serial(0, groups) as g:
+                for r in range(rows):
+                    four = tirx.reinterpret("int32", codes[first + r, at(g * DOT_GROUP, DOT_GROUP)])
+                    for v in range(VECTORS):
+                        weights = w[panel, g, at(v * width, width)]
+                        value = _dot_groups(target, sums[where[r][v]], four, weights)
+                        T.buffer_store(sums, value, [where[r][v]])
+            for r in range(rows):
+                vectors = []
+                for v in range(VECTORS):
+                    channel = at(panel * PANEL + v * LANES, LANES)
+                    exact = tirx.Cast("float32x16", sums[where[r][v]] - offset[channel])
+                    factor = fill(row_scale[first + r], LANES) * scale[channel]
+                    vectors.append(exact * factor + bias[channel])
+                _store_row(out, first + r, panel, n, vectors)
+
+        tiles(m, panels, tile_rows(target), workload.weight_bytes > _STREAM_WEIGHT_BYTES, tile)
+
+    return program(body)

@@ -1,0 +1,90 @@
+"""Where a kernel will run: a TVM target and what of it the lowerings need to know."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from tvm.target import Target, codegen
+
+CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
+
+
+class TargetError(ValueError):
+    """A target that this version cannot build for."""
+
+
+@dataclass(frozen=True)
+class KernelTarget:
+    """A device to build for.
+
+    Attributes:
+        name: ``llvm`` or ``cuda``.
+        chip: LLVM's CPU name, ``generic`` for the plain form, or ``sm_XY``.
+        vector_registers: Architectural vector registers (CPU), 0 for CUDA.
+        vector_bits: Width of one.
+        dot_product: ``vpdpbusd.512``, ``vpdpbusd.256`` or ``generic``: how four int8 products
+            are summed into int32.
+        movemask: True where eight sign bits can be read in one instruction (AVX).
+    """
+
+    name: str
+    chip: str
+    vector_registers: int = 0
+    vector_bits: int = 0
+    dot_product: str = "generic"
+    movemask: bool = False
+
+    @property
+    def tvm(self) -> Target:
+        """The target in TVM's terms."""
+        if self.name == "cuda":
+            return Target(
+                {
+                    "kind": "cuda",
+                    "arch": self.chip,
+                    "max_threads_per_block": 1024,
+                    "max_shared_memory_per_block": 49152,
+                    "thread_warp_size": 32,
+                },
+                host={"kind": "llvm"},
+            )
+        if self.chip == "generic":
+            return Target({"kind": "llvm"})
+        return Target({"kind": "llvm", "mcpu": self.chip})
+
+
+@functools.cache
+def cpu_target(chip: str | None = None) -> KernelTarget:
+    """The CPU target for a chip by LLVM's name; without one, for the machine that we run on.
+
+    Instruction sets are LLVM's knowledge of the chip, so that a kernel can be built for another.
+    """
+    chip = chip or codegen.llvm_get_system_cpu()
+    probe = Target({"kind": "llvm"} | ({"mcpu": chip} if chip != "generic" else {}))
+
+    def has(*features: str) -> bool:
+        return all(bool(codegen.target_has_features(feature, probe)) for feature in features)
+
+    if has("avx512f"):
+        dot = "vpdpbusd.512" if has("avx512vnni") else "generic"
+        return KernelTarget("llvm", chip, 32, 512, dot, movemask=True)
+    if has("avx2"):
+        dot = "vpdpbusd.256" if has("avx512vnni", "avx512vl") else "generic"
+        return KernelTarget("llvm", chip, 16, 256, dot, movemask=True)
+    if has("neon"):
+        return KernelTarget("llvm", chip, 32, 128)
+    return KernelTarget("llvm", chip, 16, 128)
+
+
+@functools.cache
+def cuda_target(architecture: str) -> KernelTarget:
+    """The CUDA target for ``sm_XY``.
+
+    Raises:
+        TargetError: If the architecture is none that we compile for.
+    """
+    if architecture not in CUDA_ARCHITECTURES:
+        known = ", ".join(CUDA_ARCHITECTURES)
+        raise TargetError(f"{architecture}: no CUDA architecture of ours; known: {known}")
+    return KernelTarget("cuda", architecture)
