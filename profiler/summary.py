@@ -1,0 +1,75 @@
+"""The table that ends a sweep: who won each product, against whom, and what shift brings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from profiler.store import Measurement
+
+
+def by_product(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """Groups the rows of primitives that compute the same product on the same terms."""
+    groups: dict[str, list[Measurement]] = defaultdict(list)
+    for row in rows:
+        if row.kind == "primitive" and row.workload is not None:
+            terms = f" {row.cache}" if row.cache == "cold" else ""
+            groups[f"{row.workload.product}{terms}"].append(row)
+    return dict(groups)
+
+
+def fastest(rows: Sequence[Measurement], is_baseline: bool) -> Measurement | None:
+    """The row with the lowest latency among ours or among the baselines."""
+    found = [row for row in rows if row.is_baseline == is_baseline and row.latency_ms is not None]
+    return min(found, key=lambda row: row.latency_ms or 0.0, default=None)
+
+
+def _us(row: Measurement | None) -> str:
+    return "—" if row is None or row.latency_ms is None else f"{row.latency_ms * 1e3:.1f}"
+
+
+def _speedup(row: Measurement | None) -> str:
+    if row is None or row.details.get("speedup") is None:
+        return "—"
+    value, low, high = (row.details[f"speedup{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _shift_over_int8(rows: Sequence[Measurement]) -> str:
+    for row in rows:
+        if row.details.get("shift_over_int8_mult") is not None:
+            ends = (row.details[f"shift_over_int8_mult{end}"] for end in ("", "_low", "_high"))
+            return "{:.2f} [{:.2f}, {:.2f}]".format(*ends)
+    return "—"
+
+
+def summary_table(rows: Sequence[Measurement], title: str) -> Table:
+    """One line a product; ratios are from interleaved rounds, with their 95 % intervals."""
+    table = Table(title=title, caption="speed-up: fastest baseline ÷ our fastest, above 1 we win")
+    for name in ("product", "our fastest", "µs", "baseline", "µs", "speed-up", "shift ÷ int8 mult"):
+        table.add_column(name, justify="left" if name in ("product", "our fastest") else "right")
+    for product, group in by_product(rows).items():
+        ours, baseline = fastest(group, False), fastest(group, True)
+        failed = [row.lowering for row in group if row.is_baseline and row.latency_ms is None]
+        against = baseline.lowering if baseline else "none"
+        table.add_row(
+            product,
+            ours.lowering if ours else "none",
+            _us(ours),
+            f"{against} ({', '.join(failed)} failed)" if failed else against,
+            _us(baseline),
+            _speedup(ours),
+            _shift_over_int8(group),
+        )
+    return table
+
+
+def problems(rows: Sequence[Measurement]) -> list[str]:
+    """One line for each row without a figure."""
+    return [
+        f"{row.subject}, {row.lowering}: {row.status}: {row.reason}"
+        for row in rows
+        if row.latency_ms is None
+    ]

@@ -1,0 +1,96 @@
+"""What a sweep measures: shapes from a TOML or a model, expanded into workloads."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kernels.workload import FORMS, Workload, attention, linear
+from profiler.samples import PRESETS
+
+Size = Annotated[int, Field(ge=1, strict=True)]
+Sizes = Size | list[Size]
+
+LINEAR_FORMS = tuple(name for name, form in FORMS.items() if form["w_layout"] == "nk")
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LinearShape(_Shape):
+    """A linear of ``m`` tokens from ``k`` to ``n`` features; a list of m stands for several."""
+
+    kind: Literal["linear"] = "linear"
+    m: Sizes
+    k: Size
+    n: Size
+
+    def workloads(self, forms: tuple[str, ...]) -> list[Workload]:
+        """Every m in every form."""
+        tokens = self.m if isinstance(self.m, list) else [self.m]
+        return [linear(form, m, self.k, self.n) for m, form in product(tokens, forms)]
+
+
+class AttentionShape(_Shape):
+    """Both products of linear attention for ``b`` = batch × heads; lists stand for several."""
+
+    kind: Literal["attention"]
+    b: Sizes
+    tokens: Sizes
+    bits: Size
+    n: Size
+    alphabet: Literal["pm1", "01"] = "pm1"
+
+    def workloads(self, forms: tuple[str, ...]) -> list[Workload]:
+        """Every b with every token count; ``forms`` are those of linears and do not apply."""
+        batches = self.b if isinstance(self.b, list) else [self.b]
+        lengths = self.tokens if isinstance(self.tokens, list) else [self.tokens]
+        return [
+            workload
+            for b, tokens in product(batches, lengths)
+            for workload in attention(b, tokens, self.bits, self.n, self.alphabet)
+        ]
+
+
+class SweepConfig(BaseModel):
+    """A sweep.
+
+    Attributes:
+        description: For people.
+        forms: Forms of each linear.
+        threads: CPU thread counts, each a device of its own; empty for all cores.
+        cache: ``hot``, ``cold`` or both.
+        timing: Name of a preset in ``profiler.samples.PRESETS``.
+        energy: Measure energy where the device has a meter (some 20 s a row).
+        shapes: What to measure.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: str = ""
+    forms: tuple[str, ...] = LINEAR_FORMS
+    threads: tuple[Size, ...] = ()
+    cache: tuple[Literal["hot", "cold"], ...] = ("hot",)
+    timing: str = "standard"
+    energy: bool = False
+    shapes: tuple[Annotated[LinearShape | AttentionShape, Field(union_mode="smart")], ...] = Field(
+        min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> SweepConfig:
+        for form in self.forms:
+            if form not in LINEAR_FORMS:
+                raise ValueError(f"forms: {form!r} is none of {', '.join(LINEAR_FORMS)}")
+        if self.timing not in PRESETS:
+            raise ValueError(f"timing: {self.timing!r} is none of {', '.join(PRESETS)}")
+        return self
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """All workloads once, in the order of the shapes."""
+        found = (workload for shape in self.shapes for workload in shape.workloads(self.forms))
+        return list(dict.fromkeys(found))
