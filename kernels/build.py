@@ -16,7 +16,7 @@ import tvm
 from torch import Tensor
 from tvm import tirx
 
-from kernels.lowerings import add, mult, shift
+from kernels.lowerings import add, cuda, mult, shift
 from kernels.packing import pack_linear
 from kernels.reference import Operands
 from kernels.targets import KernelTarget, cpu_target
@@ -43,6 +43,13 @@ LOWERINGS: dict[str, Lowering] = {
     "shift.dot": Lowering("llvm", ("shift_int8",), shift.dot),
     "add.buckets": Lowering("llvm", ("add_kv_pm1", "add_kv_01"), add.buckets),
     "add.tables": Lowering("llvm", ("add_qkv_pm1", "add_qkv_01"), add.tables),
+    "mult.cuda": Lowering("cuda", ("mult_fp32",), cuda.mult_panels),
+    "mult.cuda_dot": Lowering("cuda", ("mult_int8",), cuda.dot),
+    "shift.cuda": Lowering("cuda", ("shift_fp32",), cuda.shift_panels),
+    "shift.cuda_dot": Lowering("cuda", ("shift_int8",), cuda.dot),
+    "add.cuda": Lowering(
+        "cuda", ("add_kv_pm1", "add_kv_01", "add_qkv_pm1", "add_qkv_01"), cuda.add_rows
+    ),
 }
 
 
@@ -98,7 +105,8 @@ def lowerings(workload: Workload, target: str = "llvm") -> list[str]:
 
 
 @functools.cache
-def _compiled(lowering: str, family: Workload, target: KernelTarget) -> tvm.runtime.Executable:
+def compiled(lowering: str, family: Workload, target: KernelTarget) -> tvm.runtime.Executable:
+    """The program of a family, for any target: also one that this machine cannot run."""
     function = LOWERINGS[lowering].define(family, target)
     return tvm.compile(tvm.IRModule({"main": function}), target=target.tvm)
 
@@ -133,5 +141,18 @@ def build(
         raise BuildError(
             f"{lowering}: no lowering of {workload.form} on {target.name}; known: {names}"
         )
-    library = _compiled(lowering, workload.family, target)
-    return Kernel(workload, lowering, False, _arguments, library["main"])
+    main = compiled(lowering, workload.family, target)["main"]
+    launch = main if workload.kind == "linear" else _also_without_tokens(main)
+    return Kernel(workload, lowering, False, _arguments, launch)
+
+
+def _also_without_tokens(main: Callable[..., None]) -> Callable[..., None]:
+    """Serves operands without elements, whose strides torch and TVM define differently."""
+
+    def launch(x: Tensor, values: Tensor, out: Tensor) -> None:
+        if x.numel():
+            main(x, values, out)
+        else:
+            out.zero_()
+
+    return launch

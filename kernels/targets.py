@@ -23,9 +23,9 @@ class KernelTarget:
         chip: LLVM's CPU name, ``generic`` for the plain form, or ``sm_XY``.
         vector_registers: Architectural vector registers (CPU), 0 for CUDA.
         vector_bits: Width of one.
-        dot_product: ``vpdpbusd.512``, ``vpdpbusd.256`` or ``generic``: how four int8 products
-            are summed into int32.
+        dot_product: ``vpdpbusd.512`` or ``generic``: how four int8 products are summed into int32.
         movemask: True where eight sign bits can be read in one instruction (AVX).
+        triple: LLVM's name of another machine to compile for; None for this one.
     """
 
     name: str
@@ -34,6 +34,7 @@ class KernelTarget:
     vector_bits: int = 0
     dot_product: str = "generic"
     movemask: bool = False
+    triple: str | None = None
 
     @property
     def tvm(self) -> Target:
@@ -49,32 +50,34 @@ class KernelTarget:
                 },
                 host={"kind": "llvm"},
             )
-        if self.chip == "generic":
-            return Target({"kind": "llvm"})
-        return Target({"kind": "llvm", "mcpu": self.chip})
+        return _llvm(self.chip, self.triple)
+
+
+def _llvm(chip: str, triple: str | None) -> Target:
+    names = {"mcpu": None if chip == "generic" else chip, "mtriple": triple}
+    return Target({"kind": "llvm"} | {key: name for key, name in names.items() if name})
 
 
 @functools.cache
-def cpu_target(chip: str | None = None) -> KernelTarget:
+def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarget:
     """The CPU target for a chip by LLVM's name; without one, for the machine that we run on.
 
     Instruction sets are LLVM's knowledge of the chip, so that a kernel can be built for another.
     """
     chip = chip or codegen.llvm_get_system_cpu()
-    probe = Target({"kind": "llvm"} | ({"mcpu": chip} if chip != "generic" else {}))
+    probe = _llvm(chip, triple)
 
     def has(*features: str) -> bool:
         return all(bool(codegen.target_has_features(feature, probe)) for feature in features)
 
     if has("avx512f"):
         dot = "vpdpbusd.512" if has("avx512vnni") else "generic"
-        return KernelTarget("llvm", chip, 32, 512, dot, movemask=True)
+        return KernelTarget("llvm", chip, 32, 512, dot, True, triple)
     if has("avx2"):
-        dot = "vpdpbusd.256" if has("avx512vnni", "avx512vl") else "generic"
-        return KernelTarget("llvm", chip, 16, 256, dot, movemask=True)
+        return KernelTarget("llvm", chip, 16, 256, "generic", True, triple)
     if has("neon"):
-        return KernelTarget("llvm", chip, 32, 128)
-    return KernelTarget("llvm", chip, 16, 128)
+        return KernelTarget("llvm", chip, 32, 128, triple=triple)
+    return KernelTarget("llvm", chip, 16, 128, triple=triple)
 
 
 @functools.cache

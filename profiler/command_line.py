@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import click
 import typer
 from pydantic import BaseModel, ValidationError
+from typer.exceptions import TyperException
 
 from kernels.workload import WorkloadError
 from profiler.device import DeviceError
@@ -31,13 +31,13 @@ def run(app: typer.Typer, errors: tuple[type[ValueError], ...] = ()) -> NoReturn
     expected: tuple[type[Exception], ...] = (BadInput, WorkloadError, DeviceError, StoreError)
     try:
         code = app(standalone_mode=False)
-    except click.ClickException as error:
-        _fail(error.format_message())
     except expected + errors as error:
         _fail(str(error))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+    except TyperException as error:
+        _fail(getattr(error, "format_message", error.__str__)())
     raise SystemExit(code or 0)
 
 

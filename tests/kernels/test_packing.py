@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import packing
+from kernels.workload import FORMS
+
+small = st.integers(1, 70)
+seeds = st.integers(0, 2**31)
+
+
+def _normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(small, small, st.sampled_from([1, 4]), seeds)
+@settings(max_examples=30, deadline=None)
+def test_panels_round_trip(n, k, group, seed):
+    w = _normal(seed, n, k)
+    panels = packing.pack_panels(w, group)
+    assert panels.shape == (-(-n // 32), -(-k // group), 32 * group)
+    assert torch.equal(packing.unpack_panels(panels, n, k), w)
+    assert torch.isclose(panels.double().sum(), w.double().sum()), "padding must be zero"
+
+
+@given(st.integers(1, 40), seeds)
+@settings(max_examples=30, deadline=None)
+def test_bits_round_trip_as_numpy_packs_them(bits, seed):
+    codes = _normal(seed, 3, bits) > 0
+    packed = packing.pack_bits(codes)
+    assert np.array_equal(packed.numpy(), np.packbits(codes.numpy(), axis=-1, bitorder="little"))
+    assert torch.equal(packing.unpack_bits(packed, bits), codes)
+
+
+@pytest.mark.parametrize("exponent", range(-15, 1))
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_bytes_are_sign_and_exponent_of_fp32(sign, exponent):
+    value = torch.tensor([sign * 2.0**exponent])
+    code = packing.pow2_to_byte(value)
+    assert torch.equal(packing.byte_to_pow2(code), value)
+    assert (
+        int(code.view(torch.uint8))
+        == int(value.view(torch.int32) >> 23) & 0xFF
+        ^ (0x80 if sign < 0 and not int(value.view(torch.int32) >> 23) & 0x80 else 0)
+        or int(code.view(torch.uint8)) & 0x7F == exponent + 127
+    )
+
+
+@given(small, small, seeds)
+@settings(max_examples=30, deadline=None)
+def test_power_of_two_rounding_stays_within_its_range_and_a_factor_of_root_two(n, k, seed):
+    weight = _normal(seed, n, k)
+    values, scale = packing.nearest_pow2(weight, -6, 0)
+    exponents = torch.log2(values.abs())
+    assert torch.equal(exponents, exponents.round())
+    assert exponents.min() >= -6 and exponents.max() <= 0
+    ratio = (values * scale[:, None] / weight).abs()
+    above_range = (weight.abs() / scale[:, None]) >= 2.0**-6
+    assert (ratio[above_range] <= 2**0.5 * 1.0001).all()
+    assert (ratio[above_range] >= 2**-0.5 * 0.9999).all()
+    assert torch.equal(torch.sign(values), torch.where(weight < 0, -1.0, 1.0))
+
+
+@given(small, small, seeds)
+@settings(max_examples=30, deadline=None)
+def test_row_quantisation_is_within_half_a_step_and_uses_the_whole_range(m, k, seed):
+    x = _normal(seed, m, k)
+    codes, scale = packing.quantise_rows(x)
+    assert torch.equal(codes, codes.round())
+    assert torch.equal(codes.abs().amax(dim=1), torch.full((m,), 127.0))
+    assert ((codes * scale - x).abs() <= 0.5001 * scale).all()
+
+
+def test_a_row_of_zeros_becomes_zeros():
+    codes, scale = packing.quantise_rows(torch.zeros(2, 5))
+    assert codes.abs().sum() == 0 and scale.abs().sum() == 0
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if FORMS[f]["w_layout"] == "nk"])
+def test_quantised_weights_stand_for_the_original(form):
+    weight, bias = _normal(0, 40, 50), _normal(1, 40)
+    parameters = packing.quantise_weight(form, weight, bias)
+    error = (parameters.weight - weight).norm() / weight.norm()
+    assert error < {"mult": 0.01, "shift": 0.25}[FORMS[form]["primitive"]]
+    assert torch.equal(parameters.bias, bias)

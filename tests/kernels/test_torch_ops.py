@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from kernels import torch_ops
+from kernels.packing import pack_linear, quantise_rows, quantise_weight
+from kernels.reference import Operands, oracle
+from kernels.workload import attention
+
+FORMS = ["mult_fp32", "mult_int8", "shift_fp32", "shift_int8"]
+
+
+def _layer(form, k=20, n=12):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(n, k, generator=generator), torch.randn(n, generator=generator)
+    return quantise_weight(form, weight, bias)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_keeps_leading_dimensions_and_agrees_with_torch(form):
+    parameters, x = _layer(form), torch.randn(2, 3, 20)
+    y = torch.ops.shiftadd.linear(x, list(pack_linear(parameters)), form, 12)
+    if form.endswith("int8"):
+        codes, scale = quantise_rows(x)
+        x = codes * scale
+    expected = torch.nn.functional.linear(x, parameters.weight, parameters.bias)
+    assert y.shape == (2, 3, 12)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_operator_contract(form):
+    packed = list(pack_linear(_layer(form)))
+    torch.library.opcheck(torch.ops.shiftadd.linear.default, (torch.randn(4, 20), packed, form, 12))
+
+
+def test_attention_operators_agree_with_the_oracle():
+    kv_workload, qkv_workload = attention(2, 9, 8, 5)
+    k, v, q = torch.randn(2, 9, 8), torch.randn(2, 9, 5), torch.randn(2, 9, 8)
+    kv = torch.ops.shiftadd.add_kv(k, v, "pm1")
+    out = torch.ops.shiftadd.add_qkv(q, kv, "pm1")
+    expected = oracle(kv_workload, Operands(k, values=v))[0]
+    torch.testing.assert_close(kv.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    expected = oracle(qkv_workload, Operands(q, values=kv))[0]
+    torch.testing.assert_close(out.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(torch.ops.shiftadd.add_kv.default, (k, v, "pm1"))
+    torch.library.opcheck(torch.ops.shiftadd.add_qkv.default, (q, kv, "pm1"))
+
+
+def test_non_contiguous_inputs_are_served():
+    parameters = _layer("mult_fp32")
+    packed = list(pack_linear(parameters))
+    x = torch.randn(20, 6).t()
+    y = torch.ops.shiftadd.linear(x, packed, "mult_fp32", 12)
+    expected = torch.nn.functional.linear(x, parameters.weight, parameters.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_calls_the_operator_without_a_break():
+    packed = list(pack_linear(_layer("shift_int8")))
+
+    def model(x):
+        return torch.ops.shiftadd.linear(x, packed, "shift_int8", 12).relu()
+
+    x = torch.randn(3, 20)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_kernels_are_kept():
+    first = torch_ops.linear_kernel("mult_fp32", 20, 12, torch.device("cpu"))
+    assert torch_ops.linear_kernel("mult_fp32", 20, 12, torch.device("cpu")) is first
