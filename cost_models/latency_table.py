@@ -1,0 +1,309 @@
+"""LatencyTable: Workload -> latency and energy on one device, as versioned plain JSON.
+
+The contract with training, reports and users. Loading one executes nothing and needs neither
+torch nor scikit-learn.
+
+    table = LatencyTable.load("latency_table.json")
+    table.lookup(linear("shift_int8", m=784, k=128, n=1024)).latency_ms
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from cost_models.fitted_model import STRICT, FittedModel, Positive
+from cost_models.operation_energy import operation_energy
+from kernels.workload import FORMS, Workload
+from profiler.device import DeviceInfo
+
+Source = Literal["measured", "predicted", "extrapolated"]
+EnergySource = Literal["measured", "modelled"]
+
+MODELLED_ENERGY = "45 nm operation and traffic counts, not this device"
+
+
+class TableError(ValueError):
+    """A table that cannot be read, or a question that it cannot answer."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a table knows of one workload.
+
+    Attributes:
+        latency_ms: Per launch: the measured median, or the predicted one.
+        low_ms, high_ms: 90 % interval of a prediction; for a measured figure the 95 % confidence
+            interval of its median.
+        energy_mj: Per launch; None with ``energy_reason``.
+        energy_source: ``measured`` on the device or ``modelled`` by operation counts.
+        energy_reason: Why the energy is not a measured one; None if it is.
+        source: ``measured`` (this very workload), ``predicted`` (inside the training shapes) or
+            ``extrapolated`` (outside of them, with a wider interval).
+        lowering: The implementation that the figures are of.
+    """
+
+    latency_ms: float
+    low_ms: float
+    high_ms: float
+    energy_mj: float | None
+    energy_source: EnergySource | None
+    energy_reason: str | None
+    source: Source
+    lowering: str
+
+
+def _to_workload(value: Any) -> Workload:
+    if isinstance(value, Workload):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("must be a workload, as written by Workload.to_dict")
+    try:
+        return Workload.from_dict(value)
+    except TypeError as error:
+        raise ValueError(f"a field is of a wrong type ({error})") from error
+
+
+class Entry(BaseModel):
+    """One measured workload and lowering.
+
+    Attributes:
+        latency_ms, low_ms, high_ms: Median and its 95 % confidence interval.
+        weight_bytes: Stored parameters; None if the store has none.
+        is_baseline: True for an implementation of another project.
+        energy_mj, energy_source, energy_reason: As in Estimate.
+    """
+
+    model_config = STRICT
+
+    workload: Annotated[
+        Workload, PlainValidator(_to_workload), PlainSerializer(lambda value: value.to_dict())
+    ]
+    lowering: str
+    is_baseline: bool
+    latency_ms: Positive
+    low_ms: Positive
+    high_ms: Positive
+    weight_bytes: Annotated[int, Field(ge=0)] | None
+    energy_mj: Positive | None
+    energy_source: EnergySource | None
+    energy_reason: str | None
+
+    @model_validator(mode="after")
+    def _honest(self) -> Entry:
+        if not self.low_ms <= self.latency_ms <= self.high_ms:
+            raise ValueError("latency_ms: lies outside low_ms and high_ms")
+        if (self.energy_mj is None) != (self.energy_source is None):
+            raise ValueError("energy_source: is given exactly with energy_mj")
+        if (self.energy_source == "measured") != (self.energy_reason is None):
+            raise ValueError("energy_reason: is needed exactly where energy is not measured")
+        return self
+
+
+class _Header(BaseModel):
+    """What every version of the format has in common."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    format: Literal["shiftadd-latency-table"]
+    version: Literal[1]
+
+
+class LatencyTable(BaseModel):
+    """Measured latencies of one device, and models for the shapes between them.
+
+    Attributes:
+        device: Who was measured.
+        created_at: When the table was fitted, ISO 8601.
+        store: Name of the store that it was fitted on.
+        entries: Measured workloads, each lowering once.
+        models: One for each form and lowering that had enough rows.
+    """
+
+    model_config = STRICT
+
+    format: Literal["shiftadd-latency-table"] = "shiftadd-latency-table"
+    version: Literal[1] = 1
+    device: DeviceInfo
+    created_at: str
+    store: str
+    entries: tuple[Entry, ...]
+    models: tuple[FittedModel, ...]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> LatencyTable:
+        if len(self._entries) != len(self.entries):
+            raise ValueError("entries: a workload and lowering is given twice")
+        if len(self._models) != len(self.models):
+            raise ValueError("models: a form and lowering is given twice")
+        return self
+
+    @cached_property
+    def _entries(self) -> dict[tuple[str, str], Entry]:
+        return {(entry.workload.key, entry.lowering): entry for entry in self.entries}
+
+    @cached_property
+    def _models(self) -> dict[tuple[str, str], FittedModel]:
+        return {(model.form, model.lowering): model for model in self.models}
+
+    @cached_property
+    def _is_baseline(self) -> dict[tuple[str, str], bool]:
+        """Every known form and lowering."""
+        measured = {(e.workload.form, e.lowering): e.is_baseline for e in self.entries}
+        return measured | {key: model.is_baseline for key, model in self._models.items()}
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Forms that the table knows anything of."""
+        return tuple(sorted({form for form, _ in self._is_baseline}))
+
+    def lowerings(self, form: str, baselines: bool = True) -> tuple[str, ...]:
+        """Lowerings of a form that the table knows anything of; none for an unknown form.
+
+        Args:
+            form: Name of a form.
+            baselines: Whether to include other projects' implementations.
+        """
+        return tuple(
+            sorted(
+                lowering
+                for (known, lowering), is_baseline in self._is_baseline.items()
+                if known == form and (baselines or not is_baseline)
+            )
+        )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content, equal for equal tables however their JSON is laid out."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def lookup(
+        self, workload: Workload, lowering: str | None = None, strict: bool = False
+    ) -> Estimate:
+        """Latency and energy of a workload.
+
+        Args:
+            workload: What is asked for.
+            lowering: An implementation; None for the fastest of ours that the table can answer
+                for. Extrapolations are then only considered where nothing better is known.
+            strict: Whether to refuse a workload outside the training shapes.
+
+        Raises:
+            TableError: If the table has neither measured it nor a model of its form, the lowering
+                is unknown, or ``strict`` refuses.
+        """
+        form = workload.form
+        known = self.lowerings(form)
+        if not known:
+            raise TableError(
+                f"form {form!r} is not in the latency table of {self.device.label}; measure it "
+                f"with `python -m profiler.sweep` and run `python -m cost_models.fit`"
+            )
+        if lowering is not None and lowering not in known:
+            raise TableError(
+                f"form {form!r} has no lowering {lowering!r}; known: {', '.join(known)}"
+            )
+        asked = self.lowerings(form, baselines=False) if lowering is None else (lowering,)
+        if not asked:
+            raise TableError(
+                f"form {form!r} has only baselines ({', '.join(known)}); name one as the lowering, "
+                "or measure ours with `python -m profiler.sweep`"
+            )
+        found = [estimate for name in asked if (estimate := self._estimate(workload, name))]
+        if not found:
+            raise TableError(
+                f"{workload.label} was not measured, and no model of {' or '.join(asked)} "
+                "applies to it; measure it with `python -m profiler.sweep`"
+            )
+        best = min(found, key=lambda e: (e.source == "extrapolated", e.latency_ms))
+        if strict and best.source == "extrapolated":
+            raise TableError(
+                f"{workload.label} lies outside the measured shapes of {best.lowering}; "
+                "measure it with `python -m profiler.sweep`"
+            )
+        return best
+
+    def _estimate(self, workload: Workload, lowering: str) -> Estimate | None:
+        entry = self._entries.get((workload.key, lowering))
+        if entry:
+            return Estimate(
+                latency_ms=entry.latency_ms,
+                low_ms=entry.low_ms,
+                high_ms=entry.high_ms,
+                energy_mj=entry.energy_mj,
+                energy_source=entry.energy_source,
+                energy_reason=entry.energy_reason,
+                source="measured",
+                lowering=lowering,
+            )
+        model = self._models.get((workload.form, lowering))
+        if model is None or not is_canonical(workload):
+            return None
+        try:
+            prediction = model.predict(workload)
+        except OverflowError as error:
+            raise TableError(f"{workload.label}: the model of {lowering} overflows") from error
+        if not (prediction.low_ms > 0 and math.isfinite(prediction.high_ms)):
+            raise TableError(f"{workload.label}: the model of {lowering} gives no finite latency")
+        return Estimate(
+            latency_ms=prediction.latency_ms,
+            low_ms=prediction.low_ms,
+            high_ms=prediction.high_ms,
+            energy_mj=operation_energy(workload).with_memory_mj,
+            energy_source="modelled",
+            energy_reason=f"not measured at this shape; {MODELLED_ENERGY}",
+            source="extrapolated" if prediction.octaves_outside else "predicted",
+            lowering=lowering,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table; a reader sees the old file or the new one, never a part."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Reads a table.
+
+        Raises:
+            TableError: If the file is missing, no JSON, of another format or version, or a key is
+                missing, unknown, of a wrong type or out of range. One line names file and key.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise TableError(f"{path}: cannot be read ({error.strerror})") from error
+        try:
+            _Header.model_validate_json(content)
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "file"
+            raise TableError(
+                f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}"
+            ) from error
+
+
+def is_canonical(workload: Workload) -> bool:
+    """Whether a workload is its form and sizes and nothing else: only then does a model apply."""
+    sizes = {name: getattr(workload, name) for name in ("b", "m", "k", "n")}
+    form = FORMS.get(workload.form)
+    return form is not None and workload == Workload(**sizes, **form)

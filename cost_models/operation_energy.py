@@ -1,0 +1,95 @@
+"""Modelled energy: operations and memory traffic times published energies per operation.
+
+These are figures of a 45 nm process, not of the device at hand: good for what one form saves
+against another, not for absolute joules. Wherever one is shown it is labelled "modelled".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels.workload import Workload
+
+# Energy per operation in pJ at 45 nm.
+# Source: Horowitz, Computing's energy problem, ISSCC 2014, fig. 1.1.9 (mult, add);
+# You et al., ShiftAddNet, NeurIPS 2020, table 1 (shift).
+UNIT_ENERGY_PJ: dict[str, float] = {
+    "mult_float32": 3.7,
+    "mult_bfloat16": 1.1,  # published for FP16
+    "mult_float16": 1.1,
+    "mult_int32": 3.1,
+    "mult_int8": 0.2,
+    "add_float32": 0.9,
+    "add_bfloat16": 0.4,  # published for FP16
+    "add_float16": 0.4,
+    "add_int32": 0.1,
+    "add_int8": 0.03,
+    "shift_float32": 0.13,  # published for a 32-bit integer shift; scaling an exponent costs less
+    "shift_int32": 0.13,
+    "shift_int8": 0.024,
+}
+
+# One memory rule for every primitive: each byte of compulsory traffic, at its stored width, comes
+# once from DRAM (640 pJ per 32-bit read) and passes once through an 8 KB SRAM (10 pJ per 64 bits).
+# Operands that are read again are charged nothing more: how often depends on the schedule.
+# Source: Han et al., Learning both weights and connections, NeurIPS 2015, table 1 (DRAM);
+# Horowitz, as above (SRAM).
+DRAM_PJ_PER_BYTE = 640 / 4
+SRAM_PJ_PER_BYTE = 10 / 8
+
+_MJ_PER_PJ = 1e-9
+
+
+class UnknownOperation(ValueError):
+    """A workload whose operations have no published energy."""
+
+
+@dataclass(frozen=True)
+class OperationEnergy:
+    """Modelled energy of one launch.
+
+    Attributes:
+        compute_mj: Arithmetic alone, accumulations included.
+        memory_mj: Compulsory memory traffic alone.
+    """
+
+    compute_mj: float
+    memory_mj: float
+
+    @property
+    def with_memory_mj(self) -> float:
+        """Arithmetic and memory traffic."""
+        return self.compute_mj + self.memory_mj
+
+
+def _per_product_pj(workload: Workload) -> float:
+    if workload.primitive == "add":
+        return 0.0
+    return UNIT_ENERGY_PJ[f"{workload.primitive}_{workload.x_dtype}"]
+
+
+def operation_energy(workload: Workload) -> OperationEnergy:
+    """Modelled energy of a workload, compute and memory apart.
+
+    Every multiply-accumulate is charged its multiplication or shift, at the width of x, and one
+    accumulation at the width of the accumulator. An add product is charged every accumulation,
+    those that {0, 1} codes skip as well. Of what is fused, ``bias``, ``scale`` and ``quantise``
+    cost one fp32 operation per element; ``pack`` takes a sign bit and ``cast`` drops bits: free.
+
+    Raises:
+        UnknownOperation: On a type whose operations have no published energy.
+    """
+    outputs = workload.b * workload.m * workload.n
+    inputs = workload.b * workload.m * workload.k
+    try:
+        per_mac = _per_product_pj(workload) + UNIT_ENERGY_PJ[f"add_{workload.acc_dtype}"]
+    except KeyError as error:
+        raise UnknownOperation(f"{workload.label}: no unit energy is known for {error}") from error
+    fused = {
+        "bias": outputs * UNIT_ENERGY_PJ["add_float32"],
+        "scale": outputs * UNIT_ENERGY_PJ["mult_float32"],
+        "quantise": inputs * UNIT_ENERGY_PJ["mult_float32"],
+    }
+    compute_pj = workload.macs * per_mac + sum(fused.get(name, 0.0) for name in workload.fused)
+    memory_pj = workload.traffic_bytes * (DRAM_PJ_PER_BYTE + SRAM_PJ_PER_BYTE)
+    return OperationEnergy(compute_pj * _MJ_PER_PJ, memory_pj * _MJ_PER_PJ)

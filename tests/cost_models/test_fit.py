@@ -1,0 +1,161 @@
+import re
+import sys
+
+import pytest
+
+from cost_models import fit as fit_module
+from cost_models.fit import app, fit
+from cost_models.fit_result import FitResult
+from cost_models.latency_table import LatencyTable
+from kernels.workload import Workload, linear
+from profiler.command_line import BadInput, run
+from profiler.store import create_store
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["cost_models.fit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        run(app)
+    return stopped.value.code
+
+
+def of(result, lowering):
+    return next(fit for fit in result.fits if fit.lowering == lowering)
+
+
+@pytest.mark.parametrize("lowering", ["shift.tiled", "add.rows", "torch.fp32"])
+def test_held_out_errors_on_a_known_law(fitted, lowering):
+    found = of(fitted[1], lowering)
+    assert found.rows_test >= 2
+    assert found.mape <= 10
+    assert found.within_10_percent >= 60
+    assert found.mape < found.mape_nearest
+
+
+def test_better_than_a_roofline_where_the_law_has_tiles(fitted):
+    found = of(fitted[1], "shift.tiled")
+    assert found.mape < found.mape_roofline
+    assert found.interval_coverage >= 60
+
+
+def test_test_rows_are_not_trained_on(sweep, fitted):
+    """Another figure in a held-out row must leave every other prediction as it was."""
+    before = of(fitted[1], "shift.tiled")
+    held = next(point for point in before.points if point.split == "test")
+    changed = [
+        row.model_copy(update={"latency_ms": row.latency_ms * 50, "latency_high_ms": 1e9})
+        if row.subject == held.label and row.lowering == "shift.tiled"
+        else row
+        for row in sweep
+    ]
+    rows = [row for row in changed if row.lowering == "shift.tiled"]
+    after = of(fit(rows, "s", seed=0)[1], "shift.tiled")
+    assert after.mape > before.mape
+    assert [p.predicted_ms for p in after.points] == [p.predicted_ms for p in before.points]
+
+
+def test_every_row_is_accounted_for(sweep, fitted):
+    table, result = fitted
+    assert len(table.entries) == sum(row.latency_ms is not None for row in sweep)
+    assert result.skipped.keys() == {"mult_fp32 mult.tiled", "mult_bf16 mult.bf16"}
+    assert "2 rows" in result.skipped["mult_fp32 mult.tiled"]
+    assert "no such instruction" in result.skipped["mult_bf16 mult.bf16"]
+    for found in result.fits:
+        assert len(found.points) == found.rows_train + found.rows_test
+        assert sum(point.split == "test" for point in found.points) == found.rows_test
+
+
+def test_the_table_is_fitted_on_all_rows(fitted):
+    table, result = fitted
+    model = next(m for m in table.models if m.lowering == "shift.tiled")
+    found = of(result, "shift.tiled")
+    assert len(model.points) == found.rows_train + found.rows_test
+
+
+def test_energy_is_labelled(measure):
+    counted = measure(linear("shift_int8", 49, 64, 64), 1.0, energy_mj=2.5, energy_reason=None)
+    missing = measure(linear("shift_int8", 196, 64, 64), 1.0)
+    unknown = measure(Workload(primitive="mult", m=2, k=2, n=2, x_dtype="uint8"), 1.0)
+    table, _ = fit([counted, missing, unknown], "s")
+    counted, missing, unknown = (
+        next(e for e in table.entries if e.workload == row.workload)
+        for row in (counted, missing, unknown)
+    )
+    assert (counted.energy_mj, counted.energy_source) == (2.5, "measured")
+    assert missing.energy_mj > 0 and missing.energy_source == "modelled"
+    assert "no counter on this machine" in missing.energy_reason
+    assert unknown.energy_mj is None and "mult_uint8" in unknown.energy_reason
+
+
+def test_cold_rows_layers_and_rows_without_an_interval_are_left_out(measure, sweep):
+    workload = linear("shift_int8", 49, 64, 64)
+    rows = [
+        measure(workload, 9.0, cache="cold"),
+        measure(workload, 8.0, latency_low_ms=None),
+        measure(linear("shift_int8", 50, 64, 64), 8.0, latency_low_ms=8.5),
+        measure(None, 7.0, kind="layer", lowering="deployed"),
+    ]
+    with pytest.raises(BadInput, match="has a latency"):
+        fit(rows, "s")
+    table, _ = fit([*rows, sweep[0]], "s")
+    assert [entry.latency_ms for entry in table.entries] == [sweep[0].latency_ms]
+
+
+def test_the_command_writes_both_files(store, monkeypatch, capsys):
+    assert command(monkeypatch, "--store", store) == 0
+    table = LatencyTable.load(store.parent / "latency_table.json")
+    result = FitResult.load(store.parent / "fit.json")
+    assert table.store == result.store == store.name
+    assert table.created_at == result.created_at
+    shown = capsys.readouterr().out
+    assert "shift.tiled" in shown and "%" in shown and "mult.bf16: no usable row" in shown
+    assert not list(store.parent.glob("*.part"))
+
+
+def refused(monkeypatch, capsys, folder, *arguments):
+    """The one line of a refusal, after which nothing was written."""
+    before = {path.name for path in folder.iterdir()}
+    assert command(monkeypatch, *arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"error: .+", message)
+    assert {path.name for path in folder.iterdir()} - before <= {
+        "measurements.sqlite-wal",
+        "measurements.sqlite-shm",
+    }
+    return message
+
+
+def test_several_devices_need_a_choice(store, sweep, measure, monkeypatch, capsys):
+    other = sweep[0].device.model_copy(update={"threads": 2})
+    opened = create_store(store)
+    opened.put(measure(linear("shift_int8", 49, 64, 64), 123.0, device=other))
+    opened.close()
+    message = refused(monkeypatch, capsys, store.parent, "--store", store)
+    assert other.fingerprint in message and sweep[0].device.fingerprint in message
+    message = refused(monkeypatch, capsys, store.parent, "--store", store, "--device", "beef")
+    assert "--device beef" in message and other.fingerprint in message
+    out = store.parent / "two"
+    assert command(monkeypatch, "--store", store, "--out", out, "--device", other.fingerprint) == 0
+    table = LatencyTable.load(out / "latency_table.json")
+    assert table.device == other
+    assert [entry.latency_ms for entry in table.entries] == [123.0]
+
+
+def test_bad_stores_are_refused(tmp_path, monkeypatch, capsys):
+    missing = tmp_path / "none.sqlite"
+    assert "no such store" in refused(monkeypatch, capsys, tmp_path, "--store", missing)
+    foreign = tmp_path / "foreign.sqlite"
+    foreign.write_text("no database " * 100)
+    assert "foreign.sqlite" in refused(monkeypatch, capsys, tmp_path, "--store", foreign)
+    empty = tmp_path / "measurements.sqlite"
+    create_store(empty).close()
+    assert "profiler.sweep" in refused(monkeypatch, capsys, tmp_path, "--store", empty)
+    assert "--out" in refused(monkeypatch, capsys, tmp_path, "--store", "sqlite:///x")
+
+
+def test_nothing_is_written_when_a_fit_fails(store, monkeypatch, capsys):
+    def broken(*_arguments):
+        raise BadInput("the last model cannot be fitted")
+
+    monkeypatch.setattr(fit_module, "validate", broken)
+    refused(monkeypatch, capsys, store.parent, "--store", store)
