@@ -11,9 +11,11 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.build import Kernel, build
+from kernels.build import Kernel, build, set_threads
 from kernels.targets import KernelTarget, cpu_target, cuda_target
 from kernels.workload import attention, linear
+
+__all__ = ["linear_kernel", "set_threads"]
 
 _library = torch.library.Library("shiftadd", "DEF")
 _library.define("linear(Tensor x, Tensor[] packed, str form, int n) -> Tensor")

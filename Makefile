@@ -1,0 +1,35 @@
+# The README's two commands are `make run` and `make test`; both install what they need.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+RUN    ?= runs/quick
+BASE   ?= HEAD~1
+PAIRS  ?= 5
+
+.PHONY: install run test bench prove clean
+
+install: $(VENV)/.installed
+
+# torch, torchvision and timm in one call: the CPU-only torch breaks torchvision, and so timm.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: install
+	$(BIN)/python -m profiler.sweep --config quick-cpu --out $(RUN)
+	$(BIN)/python -m cost_models.fit --store $(RUN)/measurements.sqlite --out $(RUN)
+	$(BIN)/python -m reparam.finetune --recipe digits-quick --latency-table $(RUN)/latency_table.json --out $(RUN)
+	$(BIN)/python -m reports.build --run $(RUN)
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python tests/bench/gate.py --base $(BASE) --pairs $(PAIRS)
+
+clean:
+	rm -rf $(VENV) runs

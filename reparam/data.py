@@ -1,0 +1,226 @@
+"""Images and labels in three disjoint parts: digits that ship with scikit-learn, or a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from profiler.command_line import BadInput
+
+SPLITS = ("train", "validation", "test")
+# Shares of validation and test where the data come in one piece; the rest is for training.
+VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
+DIGITS_SIZE = 16
+LOADER_WORKERS = 2
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A classification task.
+
+    Attributes:
+        name: ``digits`` or the folder.
+        classes: Number of classes.
+        sizes: Images by part of the data (``train``, ``validation``, ``test``).
+        batches: ``(split, batch_size, training) -> (images (b, c, h, w), labels (b,)), …``; with
+            ``training`` in random order and augmented, from torch's global generator.
+    """
+
+    name: str
+    classes: int
+    sizes: dict[str, int]
+    batches: Callable[[str, int, bool], Batches]
+
+
+def stratified_split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Splits images into train, validation and test with equal shares of each class.
+
+    Args:
+        labels: ``(images,)``.
+        seed: Equal seeds give equal splits.
+
+    Returns:
+        Indices by split: disjoint, together all images.
+
+    Raises:
+        ValueError: If a class has too few images for three parts.
+    """
+    everything = np.arange(len(labels))
+    rest, test = train_test_split(
+        everything, test_size=TEST_SHARE, stratify=labels, random_state=seed
+    )
+    train, validation = train_test_split(
+        rest,
+        test_size=VALIDATION_SHARE / (1 - TEST_SHARE),
+        stratify=labels[rest],
+        random_state=seed,
+    )
+    return {"train": train, "validation": validation, "test": test}
+
+
+def random_affine(
+    images: Tensor, degrees: float = 10.0, shift: float = 0.1, scale: float = 0.1
+) -> Tensor:
+    """Rotates, scales and moves each image by its own random amount.
+
+    Args:
+        images: ``(b, c, h, w)``.
+        degrees: Largest rotation.
+        shift: Largest shift, as a share of the side.
+        scale: Largest change of size, relative.
+
+    Returns:
+        ``(b, c, h, w)``; what comes in from outside repeats the border.
+    """
+    b = len(images)
+
+    def uniform() -> Tensor:
+        return torch.rand(b, device=images.device) * 2 - 1
+
+    angle, size = torch.deg2rad(uniform() * degrees), 1 + uniform() * scale
+    cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
+    # affine_grid spans [-1, 1], so a share of the side counts double.
+    rows = [cos, -sin, uniform() * 2 * shift, sin, cos, uniform() * 2 * shift]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(b, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def digits(seed: int) -> Data:
+    """1797 handwritten digits, 8×8, enlarged to ``(1, 16, 16)`` and normalised.
+
+    Mean and standard deviation are those of the training part.
+
+    Args:
+        seed: Seed of the split.
+
+    Source:
+        UCI Optical Recognition of Handwritten Digits, as shipped with scikit-learn.
+    """
+    bunch: Any = load_digits()
+    parts = {
+        split: torch.from_numpy(index)
+        for split, index in stratified_split(bunch.target, seed).items()
+    }
+    images = F.interpolate(
+        torch.from_numpy(bunch.images).float()[:, None],
+        size=(DIGITS_SIZE, DIGITS_SIZE),
+        mode="bilinear",
+        align_corners=False,
+    )
+    train_images = images[parts["train"]]
+    images = (images - train_images.mean()) / train_images.std()
+    labels = torch.from_numpy(bunch.target)
+
+    def batches(split: str, batch_size: int, training: bool) -> Batches:
+        index = parts[split]
+        if training:
+            index = index[torch.randperm(len(index))]
+        for chosen in index.split(batch_size):
+            x = images[chosen]
+            yield (random_affine(x) if training else x), labels[chosen]
+
+    sizes = {split: len(index) for split, index in parts.items()}
+    return Data("digits", int(labels.max()) + 1, sizes, batches)
+
+
+def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None = None) -> Data:
+    """A folder of images, one subfolder a class, with the transforms that the model expects.
+
+    Either ``train/`` and ``val/`` (with ``test/`` too if there is one) each hold the classes, or
+    the folder holds the classes itself. Missing parts are split off by seed: validation off
+    train, and all three off a folder without parts. Where there is no ``test/``, ``val/`` is the
+    test set and is not looked at before.
+
+    Args:
+        path: The folder.
+        model: A timm model; its data configuration gives size, crop and normalisation.
+        seed: Seed of the split.
+        image_size: Side in pixels where it is not the model's usual one.
+
+    Raises:
+        BadInput: If the folder is absent, has no images, fewer than two classes, or classes that
+            differ between its parts.
+    """
+    from timm.data import create_transform, resolve_data_config
+    from torch.utils.data import DataLoader, Subset
+
+    config = resolve_data_config({"img_size": image_size}, model=model)
+    transforms = {
+        training: create_transform(**config, is_training=training) for training in (True, False)
+    }
+    sources = _sources(path)
+    roots = {root: _open_folder(root) for root in set(sources.values())}
+    classes = roots[sources["train"]].classes
+    for root, dataset in roots.items():
+        if dataset.classes != classes:
+            raise BadInput(f"{root}: its classes differ from those of {sources['train']}")
+    parts = _parts(sources, roots, seed)
+
+    def batches(split: str, batch_size: int, training: bool) -> Batches:
+        dataset = _open_folder(sources[split], transforms[training])
+        loader = DataLoader(
+            Subset(dataset, parts[split].tolist()),
+            batch_size=batch_size,
+            shuffle=training,
+            num_workers=LOADER_WORKERS,
+        )
+        yield from loader
+
+    sizes = {split: len(index) for split, index in parts.items()}
+    return Data(str(path), len(classes), sizes, batches)
+
+
+def _sources(path: Path) -> dict[str, Path]:
+    """The folder that each split is taken from."""
+    if not path.is_dir():
+        raise BadInput(f"--data {path}: no such folder")
+    if not (path / "train").is_dir():
+        return dict.fromkeys(SPLITS, path)
+    if not (path / "val").is_dir():
+        raise BadInput(f"--data {path}: has train/ but no val/")
+    if (path / "test").is_dir():
+        return {split: path / name for split, name in zip(SPLITS, ("train", "val", "test"))}
+    return {"train": path / "train", "validation": path / "train", "test": path / "val"}
+
+
+def _open_folder(root: Path, transform: Callable | None = None) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        dataset = ImageFolder(str(root), transform=transform)
+    except FileNotFoundError as error:
+        raise BadInput(f"--data {root}: {error}") from error
+    if len(dataset.classes) < 2:
+        raise BadInput(f"--data {root}: needs at least 2 classes, has {len(dataset.classes)}")
+    return dataset
+
+
+def _parts(sources: dict[str, Path], roots: dict[Path, Any], seed: int) -> dict[str, np.ndarray]:
+    """Indices of each split within its source."""
+    if len(roots) == len(SPLITS):
+        return {split: np.arange(len(roots[root])) for split, root in sources.items()}
+    labels = np.array(roots[sources["train"]].targets)
+    try:
+        if len(roots) == 1:
+            return stratified_split(labels, seed)
+        train, validation = train_test_split(
+            np.arange(len(labels)), test_size=VALIDATION_SHARE, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise BadInput(f"--data {sources['train']}: cannot be split: {error}") from error
+    return {
+        "train": train,
+        "validation": validation,
+        "test": np.arange(len(roots[sources["test"]])),
+    }

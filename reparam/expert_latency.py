@@ -1,0 +1,144 @@
+"""What a latency table says about a model: of each expert for the router, of each layer in sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernels.workload import Workload, attention, linear
+from reparam.add_attention import AddProducts
+from reparam.moe import MoEMlp, moe_layers
+from reparam.mult import MultLinear
+from reparam.shift import ShiftLinear
+
+# From the surest to the least sure; a sum is as sure as its least sure term.
+_SOURCES = ("measured", "predicted", "extrapolated")
+
+
+class Estimate(Protocol):
+    """What a lookup returns, see ``cost_models.latency_table.Estimate``."""
+
+    @property
+    def latency_ms(self) -> float:
+        """Latency of the workload."""
+
+    @property
+    def source(self) -> str:
+        """``measured``, ``predicted`` or ``extrapolated``."""
+
+
+def set_expert_latencies_(
+    model: nn.Module, lookup: Callable[[Workload], Estimate], example: Tensor
+) -> dict[str, dict[str, tuple[float, str]]]:
+    """Sets ``expert_latency_ms`` of each MoE layer: the sum over an expert's linears.
+
+    Each expert is charged with all tokens of its layer, so that the figures can be compared.
+
+    Args:
+        model: With MoE layers.
+        lookup: ``LatencyTable.lookup``; raises on a workload that it cannot answer, and then
+            nothing is set.
+        example: Input of the model at the deployed batch.
+
+    Returns:
+        By layer and expert: the latency, and the source of its least sure term.
+    """
+    shapes = _input_shapes(model, example)
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for fqn, layer in moe_layers(model):
+        found[fqn] = {}
+        for name, expert in layer.experts.items():
+            estimates = [lookup(w) for w in _linears(expert, _tokens(shapes[fqn][0]))]
+            source = max((estimate.source for estimate in estimates), key=_SOURCES.index)
+            found[fqn][name] = (sum(estimate.latency_ms for estimate in estimates), source)
+    for fqn, layer in moe_layers(model):
+        latencies = [latency_ms for latency_ms, _ in found[fqn].values()]
+        layer.expert_latency_ms.copy_(torch.tensor(latencies))
+    return found
+
+
+def layer_workloads(
+    model: nn.Module,
+    example: Tensor,
+    expert_tokens: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, list[Workload]]:
+    """The workloads of each converted layer, to be looked up and summed.
+
+    Args:
+        model: Converted model.
+        example: Input of the model at the deployed batch.
+        expert_tokens: Tokens by MoE layer and expert; None for what the routers make of
+            ``example``. An expert without tokens has no workload.
+
+    Returns:
+        By qualified name: one workload for a linear, KᵀV and Q(KᵀV) for the products of an
+        attention, the linears of all experts for an MoE layer. A layer that the example did not
+        pass through is absent.
+    """
+    shapes = _input_shapes(model, example)
+    workloads: dict[str, list[Workload]] = {}
+    for fqn, inputs in shapes.items():
+        module = model.get_submodule(fqn)
+        if isinstance(module, AddProducts):
+            (b, tokens, bits), (_, _, n) = inputs[0], inputs[2]
+            workloads[fqn] = list(attention(b, tokens, bits, n, module.alphabet))
+        elif isinstance(module, MoEMlp):
+            counts = expert_tokens[fqn] if expert_tokens is not None else _counts(module)
+            workloads[fqn] = [
+                workload
+                for name, tokens in counts.items()
+                if tokens
+                for workload in _linears(module.experts[name], tokens)
+            ]
+        else:
+            workloads[fqn] = _linears(module, _tokens(inputs[0]))
+    return workloads
+
+
+def _linears(module: nn.Module, tokens: int) -> list[Workload]:
+    return [
+        linear(part.form, tokens, part.in_features, part.out_features)
+        for part in module.modules()
+        if isinstance(part, ShiftLinear | MultLinear)
+    ]
+
+
+def _tokens(shape: torch.Size) -> int:
+    return shape[:-1].numel()
+
+
+def _counts(layer: MoEMlp) -> dict[str, int]:
+    if layer.routing is None:
+        raise ValueError("the MoE layer has not been run yet")
+    return dict(zip(layer.experts, layer.routing.counts.tolist()))
+
+
+@torch.no_grad()
+def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Size]]:
+    """Shapes of the inputs of each converted layer, from one forward pass in evaluation mode."""
+    shapes: dict[str, list[torch.Size]] = {}
+    inside_moe = tuple(f"{fqn}." for fqn, _ in moe_layers(model))
+
+    def note(fqn: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            shapes[fqn] = [tensor.shape for tensor in inputs if isinstance(tensor, Tensor)]
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(fqn))
+        for fqn, module in model.named_modules()
+        if isinstance(module, AddProducts | MoEMlp | ShiftLinear | MultLinear)
+        and not fqn.startswith(inside_moe)
+    ]
+    training = model.training
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return shapes

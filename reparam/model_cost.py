@@ -1,0 +1,141 @@
+"""What whole models cost: measured latency and energy of one inference, and predicted latency."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cost_models.latency_table import LatencyTable, TableError
+from profiler.device import DeviceInfo
+from profiler.energy import EnergyReading, EnergySettings, find_meter, measure_energy
+from profiler.nvml import Unavailable
+from profiler.timing import PRESETS, Timing, TimingSettings, measure_interleaved
+from reparam.expert_latency import layer_workloads
+from reparam.moe import moe_layers
+from reparam.results import Interval
+
+# Whole models draw power for long enough that short windows suffice.
+ENERGY_SETTINGS = EnergySettings(windows=3, window_s=1.0, idle_s=1.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Latency of a model's converted layers from a latency table.
+
+    Attributes:
+        latency_ms: Sum of the layers with its interval; None where there is nothing to sum.
+        note: What the sum covers, or why there is none.
+    """
+
+    latency_ms: Interval | None
+    note: str
+
+
+def launch_of(model: nn.Module, example: Tensor) -> Callable[[], None]:
+    """One inference of a model as a launch."""
+
+    @torch.no_grad()
+    def launch() -> None:
+        model(example)
+
+    return launch
+
+
+def compiled(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:
+    """The model under ``torch.compile``, run once; None with the reason where that fails."""
+    if not shutil.which("g++"):
+        return None, "torch.compile needs g++, which is not installed"
+    candidate = copy.deepcopy(model)
+    candidate.compile()
+    try:
+        launch_of(candidate, example)()
+    except Exception as error:  # whatever its back end raises, the other models are measured
+        return None, f"torch.compile failed: {' '.join(str(error).split())[:200]}"
+    return candidate, ""
+
+
+def measure_latencies(
+    models: Mapping[str, nn.Module], example: Tensor, settings: TimingSettings = PRESETS["standard"]
+) -> dict[str, Timing]:
+    """Latency of one inference of each model, all interleaved in one run.
+
+    Args:
+        models: By name, in evaluation mode, on the CPU.
+        example: Input at the deployed batch.
+        settings: How precisely.
+    """
+    launches = {name: launch_of(model.eval(), example) for name, model in models.items()}
+    return measure_interleaved(launches, settings)
+
+
+def measure_energies(
+    models: Mapping[str, nn.Module], example: Tensor, device: DeviceInfo
+) -> dict[str, EnergyReading]:
+    """Energy of one inference of each model, or why there is none."""
+    try:
+        meter = find_meter(device)
+    except Unavailable as error:
+        return dict.fromkeys(models, EnergyReading(reason=str(error)))
+
+    def repeated(launch: Callable[[], None]) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            for _ in range(number):
+                launch()
+
+        return run
+
+    return {
+        name: measure_energy(repeated(launch_of(model.eval(), example)), meter, ENERGY_SETTINGS)
+        for name, model in models.items()
+    }
+
+
+def predict_latency(
+    model: nn.Module,
+    example: Tensor,
+    table: LatencyTable,
+    shares: Mapping[str, Mapping[str, float]],
+) -> Prediction:
+    """Sums what the table says of each converted layer, one kernel after the other.
+
+    Normalisation, activation, routing and all layers that were not converted are not in it. The
+    ends of the interval are summed as well, as if all errors went the same way.
+
+    Args:
+        model: Converted model.
+        example: Input at the deployed batch.
+        table: Latencies by workload.
+        shares: Share of tokens by MoE layer and expert.
+    """
+    layer_workloads(model, example)  # runs the routers once: each layer's number of tokens
+    expert_tokens = {
+        fqn: _split(int(layer.routing.counts.sum()), shares[fqn])
+        for fqn, layer in moe_layers(model)
+        if layer.routing is not None
+    }
+    layers = layer_workloads(model, example, expert_tokens)
+    if not layers:
+        return Prediction(None, "no layer was converted")
+    try:
+        estimates = [table.lookup(w) for workloads in layers.values() for w in workloads]
+    except TableError as error:
+        return Prediction(None, str(error))
+    unsure = sum(estimate.source == "extrapolated" for estimate in estimates)
+    return Prediction(
+        Interval(
+            value=sum(estimate.latency_ms for estimate in estimates),
+            low=sum(estimate.low_ms for estimate in estimates),
+            high=sum(estimate.high_ms for estimate in estimates),
+        ),
+        f"sum over the kernels of {len(layers)} converted layers, nothing else"
+        + (f"; {unsure} of {len(estimates)} kernels extrapolated" if unsure else ""),
+    )
+
+
+def _split(tokens: int, shares: Mapping[str, float]) -> dict[str, int]:
+    return {expert: round(share * tokens) for expert, share in shares.items()}

@@ -1,0 +1,185 @@
+"""Mixture of experts that differ in what they compute with: multiplications or shifts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.workload import FORMS
+from reparam.mult import MultLinear
+from reparam.shift import ShiftLinear, ShiftVariant
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where a router sent the tokens of one forward pass.
+
+    Attributes:
+        probabilities: p ``(tokens, experts)``, the softmax of the logits without noise.
+        load: q ``(tokens, experts)``, the probability that an expert is top-1 under the noise.
+        choice: Index of the expert that each token went to, ``(tokens,)``.
+        counts: Tokens of each expert, ``(experts,)``.
+    """
+
+    probabilities: Tensor
+    load: Tensor
+    choice: Tensor
+    counts: Tensor
+
+
+class Router(nn.Module):
+    """Chooses one expert for each token: a linear, a softmax and, in training, noise.
+
+    The noise has standard deviation 1/experts and moves the choice only, not the probabilities.
+
+    Args:
+        dim: Features of a token.
+        experts: Number of experts, at least 2.
+
+    Source:
+        Sparsely-gated mixture of experts, arXiv 1701.06538; noise as in V-MoE, arXiv 2106.05974.
+    """
+
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, experts)
+        self.noise_std = 1 / experts
+        nn.init.trunc_normal_(self.gate.weight, std=0.02)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """Routes tokens ``(tokens, dim)``."""
+        logits = self.gate(tokens)
+        noise = self.noise_std * torch.randn_like(logits) if self.training else 0.0
+        choice = (logits.detach() + noise).argmax(dim=-1)
+        return Routing(
+            probabilities=logits.softmax(dim=-1),
+            load=top1_probability(logits, self.noise_std),
+            choice=choice,
+            counts=torch.bincount(choice, minlength=logits.shape[-1]),
+        )
+
+
+def top1_probability(logits: Tensor, noise_std: float) -> Tensor:
+    """Probability that an expert has the largest logit once Gaussian noise is added to each.
+
+    Exact for two experts, and differentiable where the choice itself is not. Among more, the
+    strongest rival stands for all of them.
+
+    Args:
+        logits: ``(tokens, experts)``.
+        noise_std: Standard deviation of the noise on each logit.
+
+    Returns:
+        ``(tokens, experts)``.
+    """
+    top, index = logits.topk(2, dim=-1)
+    is_top = torch.arange(logits.shape[-1], device=logits.device) == index[:, :1]
+    rival = torch.where(is_top, top[:, 1:], top[:, :1])
+    # The difference of two independent noises has √2 times their deviation.
+    return torch.special.ndtr((logits - rival) / (math.sqrt(2) * noise_std))
+
+
+class MoEMlp(nn.Module):
+    """Sends each token to one expert: ``y = p_i(x) · E_i(x)`` for the top-1 expert i.
+
+    Any number of tokens may go to an expert, also none; nothing is padded or dropped. Experts work
+    on tokens alone: they are MLPs or, where an MLP mixes tokens between its linears (the depthwise
+    convolution of PVT v2), each of its linears is an ``MoEMlp`` of its own.
+
+    Attributes:
+        routing: Of the last forward pass; None before the first.
+        expert_latency_ms: Latency of each expert at all tokens of the layer, ``(experts,)``; NaN
+            until ``reparam.expert_latency.set_expert_latencies_`` sets it.
+
+    Args:
+        dim: Features of a token.
+        experts: Token-wise modules by name, at least 2.
+    """
+
+    expert_latency_ms: Tensor
+
+    def __init__(self, dim: int, experts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.router = Router(dim, len(experts))
+        self.experts = nn.ModuleDict(experts)
+        self.register_buffer("expert_latency_ms", torch.full((len(experts),), math.nan))
+        self.routing: Routing | None = None
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, forms: Mapping[str, str], shift_variant: ShiftVariant = "Q"
+    ) -> MoEMlp:
+        """Makes each expert a copy of a pre-trained MLP or linear, in its own form.
+
+        The last linear of a copy is multiplied by the number of experts E, so that a router that
+        is still undecided (p = 1/E) gives back the module's own output.
+
+        Args:
+            module: An ``nn.Linear``, or an MLP with ``nn.Linear`` fc1 and fc2.
+            forms: Linear form by name of the expert.
+            shift_variant: How shift weights are trained.
+        """
+        first = _linear(module, "fc1")
+        experts = {
+            name: _expert(module, form, shift_variant, gain=len(forms))
+            for name, form in forms.items()
+        }
+        made = cls(first.in_features, experts).to(first.weight)
+        return made.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """fp32 ``(..., dim)`` to ``(..., n)``."""
+        tokens = x.reshape(-1, x.shape[-1])
+        self.routing = self.router(tokens)
+        gates = self.routing.probabilities.gather(1, self.routing.choice[:, None])
+        indices, outputs = [], []
+        for i, expert in enumerate(self.experts.values()):
+            index = torch.nonzero(self.routing.choice == i).squeeze(1)
+            if len(index):
+                indices.append(index)
+                chosen = expert(tokens.index_select(0, index))
+                outputs.append(gates.index_select(0, index) * chosen)
+        gathered = torch.cat(outputs)
+        y = torch.empty_like(gathered).index_copy(0, torch.cat(indices), gathered)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Statistics in the graph of a training step cannot be copied, and need not be.
+        return {**self.__dict__, "routing": None}
+
+
+def linear_in_form(linear: nn.Linear, form: str, shift_variant: ShiftVariant) -> nn.Module:
+    """A trainable linear of a form that starts from a linear's weights."""
+    if FORMS[form]["primitive"] == "shift":
+        return ShiftLinear.from_linear(linear, form, shift_variant)
+    return MultLinear.from_linear(linear, form)
+
+
+def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoEMlp]]:
+    """The MoE layers of a model with their qualified names."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, MoEMlp):
+            yield fqn, module
+
+
+def _expert(module: nn.Module, form: str, shift_variant: ShiftVariant, gain: float) -> nn.Module:
+    expert = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in _linear(expert, "fc2").parameters():
+            parameter.mul_(gain)
+    if isinstance(expert, nn.Linear):
+        return linear_in_form(expert, form, shift_variant)
+    for name in ("fc1", "fc2"):
+        setattr(expert, name, linear_in_form(getattr(expert, name), form, shift_variant))
+    return expert
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    return module if isinstance(module, nn.Linear) else getattr(module, name)

@@ -1,0 +1,187 @@
+"""Recipe: what a fine-tuning run does, as a frozen model of its TOML."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from torch import nn
+
+from profiler.command_line import BadInput, load_config
+from reparam.convert import FilterFn, ReparamConfig, ShiftForm
+from reparam.shift import ShiftVariant
+
+RECIPES = Path(__file__).parent / "recipes"
+
+LinearForm = Literal["keep"] | ShiftForm
+ExpertForm = Literal["mult_fp32", "mult_int8", "shift_fp32", "shift_int8"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSettings(_Strict):
+    """Which timm model.
+
+    Attributes:
+        name: Name for ``timm.create_model``.
+        pretrained: Whether timm's trained weights are loaded.
+        kwargs: Passed on to ``timm.create_model``.
+    """
+
+    name: str
+    pretrained: bool = False
+    kwargs: dict[str, bool | int | float | str] = {}
+
+
+class Stage(_Strict):
+    """One stage of training: AdamW, linear warm-up, then a cosine to zero.
+
+    Attributes:
+        lr: Peak learning rate.
+        gradient_clip: Largest norm of the gradient; None for no limit.
+        mixup, cutmix: Parameter α of each; 0 switches it off.
+    """
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    gradient_clip: PositiveFloat | None = None
+    label_smoothing: Share = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Variant(_Strict):
+    """One outcome of stage 2, trained from the same weights of stage 1.
+
+    Attributes:
+        name: Name in results.json and of the weights' file.
+        title: The same for people.
+        attention_linears: Form of the linears around the attention.
+        mlp: Form of the MLPs' linears, or ``moe``.
+        latency_loss_weight: Weight of the latency-aware loss; 0 trains without it.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    title: str
+    attention_linears: LinearForm = "keep"
+    mlp: LinearForm | Literal["moe"] = "keep"
+    latency_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Recipe(_Strict):
+    """A fine-tuning run.
+
+    Attributes:
+        data: ``digits``, or ``folder`` for the one named by ``--data``.
+        deploy_batch: Batch of the deployed model, for which the router's latencies hold.
+        threads: CPU threads of the deployed model.
+        pretrain: Training of the original; None with pre-trained weights.
+        stage1, stage2: After the attention, and after linears and MLPs were replaced.
+        alphabet: Binary alphabet of queries and keys.
+        experts: Form of each expert of an MoE.
+        shift_variant: How shift weights are trained (DeepShift-Q or -PS).
+        keep: Patterns of modules that stay as they are (``stages.3.*``).
+        variants: Outcomes of stage 2, the one that counts last.
+    """
+
+    data: Literal["digits", "folder"]
+    deploy_batch: PositiveInt
+    threads: PositiveInt
+    model: ModelSettings
+    pretrain: Stage | None = None
+    stage1: Stage
+    stage2: Stage
+    alphabet: Literal["pm1", "01"] = "pm1"
+    experts: Annotated[dict[str, ExpertForm], Field(min_length=2)] = {
+        "mult": "mult_int8",
+        "shift": "shift_int8",
+    }
+    shift_variant: ShiftVariant = "Q"
+    keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    variants: Annotated[tuple[Variant, ...], Field(strict=False, min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = ["original", "stage1", *(variant.name for variant in self.variants)]
+        if len(set(names)) < len(names):
+            raise ValueError("variants: names must differ from each other, original and stage1")
+        if self.pretrain is None and not self.model.pretrained:
+            raise ValueError("pretrain: is needed for a model without pre-trained weights")
+        for variant in self.variants:
+            if variant.latency_loss_weight and variant.mlp != "moe":
+                raise ValueError(
+                    f"variants: {variant.name} has a latency_loss_weight but no router"
+                )
+        return self
+
+    @property
+    def attention_config(self) -> ReparamConfig:
+        """What stage 1 replaces."""
+        return ReparamConfig(attention="add", alphabet=self.alphabet)
+
+    def linears_config(self, variant: Variant) -> ReparamConfig:
+        """What stage 2 replaces in a variant."""
+        return ReparamConfig(
+            attention_linears=variant.attention_linears,
+            mlp=variant.mlp,
+            experts=dict(self.experts),
+            shift_variant=self.shift_variant,
+        )
+
+    def allows(self, model: nn.Module) -> FilterFn:
+        """The filter that leaves what matches ``keep`` as it is.
+
+        Raises:
+            BadInput: If a pattern matches no module of the model.
+        """
+        names = [fqn for fqn, _ in model.named_modules()]
+        for pattern in self.keep:
+            if not fnmatch.filter(names, pattern):
+                raise BadInput(f"recipe: keep: {pattern!r} matches no module of {self.model.name}")
+        return lambda _, fqn: not any(fnmatch.fnmatch(fqn, pattern) for pattern in self.keep)
+
+    @property
+    def sha256(self) -> str:
+        """Content hash: equal for equal settings."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_recipe(name_or_path: str) -> tuple[str, Recipe]:
+    """Loads a shipped recipe by name, or a TOML by path.
+
+    Returns:
+        Its name and the recipe.
+
+    Raises:
+        BadInput: If there is none, or a key is unknown or of a wrong type.
+    """
+    return load_config(name_or_path, RECIPES, Recipe)
+
+
+def create_model(settings: ModelSettings, classes: int | None = None) -> nn.Module:
+    """Creates a timm model.
+
+    Args:
+        settings: Which one.
+        classes: Outputs of the head; None for the model's own.
+
+    Raises:
+        BadInput: If timm does not know it, refuses a keyword or cannot fetch the weights.
+    """
+    kwargs: dict[str, Any] = dict(settings.kwargs)
+    if classes is not None:
+        kwargs["num_classes"] = classes
+    try:
+        return timm.create_model(settings.name, pretrained=settings.pretrained, **kwargs)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        raise BadInput(f"recipe: model {settings.name}: {error}") from error

@@ -1,0 +1,93 @@
+"""ShiftLinear: a linear whose weights are signed powers of two, one scale per output channel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kernels.packing import LinearParameters, nearest_pow2
+from kernels.workload import FORMS
+from reparam.fake_quantise import check_form, coded, linear_as_deployed, straight_through
+
+SHIFT_FORMS = tuple(name for name, form in FORMS.items() if form["primitive"] == "shift")
+
+ShiftVariant = Literal["Q", "PS"]
+
+
+class ShiftLinear(nn.Module):
+    """Linear with ``W = ±2^p · scale``, trained so that it can be exported without loss.
+
+    Variant Q keeps a float weight and rounds it on the fly. Variant PS learns the exponent ``s``
+    and the sign ``g`` themselves: ``W = 2^round(s) · sign(g) · scale`` with a fixed scale. Zero is
+    no power of two, hence sign(0) = +1 and DeepShift's third sign value is not used.
+
+    Args:
+        weight: ``(n, k)`` to start from; copied.
+        bias: ``(n,)`` or None; copied.
+        form: ``shift_fp32`` (p in -15..0) or ``shift_int8`` (p in -6..0, int8 activations).
+        variant: ``Q`` or ``PS``.
+
+    Raises:
+        ValueError: On another form or variant.
+
+    Source:
+        DeepShift, arXiv 1905.13298; the scale per channel is ours.
+    """
+
+    weight: nn.Parameter
+    exponent: nn.Parameter
+    sign: nn.Parameter
+    scale: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, form: str, variant: ShiftVariant = "Q"
+    ) -> None:
+        super().__init__()
+        check_form(form, SHIFT_FORMS)
+        if variant not in ("Q", "PS"):
+            raise ValueError(f"variant: {variant!r} is not one of Q, PS")
+        self.form, self.variant = form, variant
+        self.out_features, self.in_features = weight.shape
+        self.exponent_min: int = FORMS[form]["exponent_min"]
+        self.exponent_max: int = FORMS[form]["exponent_max"]
+        weight = weight.detach().clone()
+        if variant == "Q":
+            self.weight = nn.Parameter(weight)
+        else:
+            values, scale = nearest_pow2(weight, self.exponent_min, self.exponent_max)
+            self.exponent = nn.Parameter(torch.log2(values.abs()))
+            self.sign = nn.Parameter(torch.sign(values))
+            self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, form: str, variant: ShiftVariant = "Q") -> ShiftLinear:
+        """A shift linear that starts from a linear's weight and bias."""
+        return cls(linear.weight, linear.bias, form, variant)
+
+    def values_and_scale(self) -> tuple[Tensor, Tensor]:
+        """The weight as values ±2^p ``(n, k)``, with gradient, and scale ``(n,)``."""
+        if self.variant == "Q":
+            values, scale = nearest_pow2(self.weight.detach(), self.exponent_min, self.exponent_max)
+            return coded(self.weight, values, scale[:, None]), scale
+        whole = self.exponent.detach().clamp(self.exponent_min, self.exponent_max).round()
+        sign = torch.where(self.sign.detach() < 0, -1.0, 1.0)
+        magnitude = torch.exp2(straight_through(self.exponent, whole))
+        return magnitude * straight_through(self.sign, sign), self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """fp32 ``(..., k)`` to ``(..., n)``."""
+        values, scale = self.values_and_scale()
+        return linear_as_deployed(self.form, x, values, scale, self.bias)
+
+    def export(self) -> LinearParameters:
+        """The parameters as the kernels take them."""
+        values, scale = (t.detach().clone() for t in self.values_and_scale())
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().clone()
+        return LinearParameters(self.form, values, scale, bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, form and variant."""
+        return f"{self.in_features}, {self.out_features}, form={self.form}, variant={self.variant}"

@@ -1,0 +1,213 @@
+"""Training of one stage, resumable after each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from profiler.command_line import BadInput
+from reparam.checkpoints import load_state, load_tensors, save_tensors
+from reparam.data import Data
+from reparam.evaluate import device_of, predict
+from reparam.losses import model_latency_loss
+from reparam.recipe import Stage
+from reparam.results import Epoch
+
+_MODEL, _OPTIMISER = "model.", "optimiser."
+
+
+def learning_rate(settings: Stage, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of one step: linear from zero to the peak, then a cosine to zero.
+
+    Args:
+        settings: Peak, warm-up and length.
+        step: Steps done, from 0.
+        steps_per_epoch: Batches of an epoch.
+    """
+    warmup, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def seed_everything(*parts: object) -> None:
+    """Seeds the generators of torch, NumPy and Python from what the parts say.
+
+    Each epoch is seeded by its own name, so a resumed run draws the same numbers as one that was
+    never interrupted, and no generator's state needs storing.
+    """
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    seed = int.from_bytes(digest[:4], "little")
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    settings: Stage,
+    *,
+    stage: str,
+    seed: int = 0,
+    latency_loss_weight: float = 0.0,
+    checkpoint: Path | None = None,
+    identity: Mapping[str, str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> list[Epoch]:
+    """Trains a model in place; goes on from ``checkpoint`` where one is there.
+
+    Args:
+        model: Trained where its parameters are (CPU or GPU).
+        data: Task.
+        settings: Length, rates and regularisation.
+        stage: Name of the stage, for the history and the seeds.
+        seed: Equal seeds give equal weights on the same machine and number of threads.
+        latency_loss_weight: Weight of the latency-aware loss of the model's routers.
+        checkpoint: Where to keep the state after each epoch; None keeps none.
+        identity: What the run depends on; a checkpoint of another identity is refused.
+        on_step: Called with the steps done and their total after each step.
+        on_epoch: Called after each epoch that was trained now.
+
+    Returns:
+        One entry for each epoch, those before the interruption too.
+
+    Raises:
+        BadInput: If the checkpoint is of another run, or the loss is no longer finite.
+    """
+    optimiser = _optimiser(model, settings)
+    identity = {**(identity or {}), "stage": stage, "seed": str(seed), "settings": repr(settings)}
+    history: list[Epoch] = []
+    if checkpoint is not None and checkpoint.is_file():
+        history = _resume(checkpoint, model, optimiser, identity)
+    steps_per_epoch = math.ceil(data.sizes["train"] / settings.batch_size)
+    total = settings.epochs * steps_per_epoch
+    mix = _mix(settings, data.classes)
+
+    for epoch in range(len(history), settings.epochs):
+        start = time.perf_counter()
+        seed_everything(seed, stage, epoch)
+        model.train()
+        losses, latency_losses = [], []
+        batches = data.batches("train", settings.batch_size, True)
+        for done, (images, labels) in enumerate(batches, start=epoch * steps_per_epoch):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(settings, done, steps_per_epoch)
+            loss, latency_loss = _losses(model, images, labels, settings, mix, latency_loss_weight)
+            optimiser.zero_grad()
+            (loss + latency_loss_weight * latency_loss).backward()
+            if settings.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+            optimiser.step()
+            losses.append(loss.detach())
+            latency_losses.append(latency_loss.detach())
+            if on_step:
+                on_step(done + 1, total)
+        train_loss = float(torch.stack(losses).mean())
+        if not math.isfinite(train_loss):
+            raise BadInput(f"recipe: {stage}.lr: the loss is {train_loss} in epoch {epoch}")
+        guesses, labels = predict(model, data, "validation", settings.batch_size)
+        entry = Epoch(
+            stage=stage,
+            epoch=epoch,
+            train_loss=train_loss,
+            latency_loss=float(torch.stack(latency_losses).mean()) if latency_loss_weight else None,
+            validation_top1=100 * float((guesses == labels).float().mean()),
+            seconds=time.perf_counter() - start,
+        )
+        history.append(entry)
+        if checkpoint is not None:
+            _save(checkpoint, model, optimiser, identity, history)
+        if on_epoch:
+            on_epoch(entry)
+    model.eval()
+    return history
+
+
+def _optimiser(model: nn.Module, settings: Stage) -> torch.optim.AdamW:
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    groups = param_groups_weight_decay(model, settings.weight_decay, exempt)
+    return torch.optim.AdamW(groups, lr=settings.lr)
+
+
+def _mix(settings: Stage, classes: int) -> Mixup | None:
+    if not (settings.mixup or settings.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=0.0,
+        num_classes=classes,
+    )
+
+
+def _losses(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: Stage,
+    mix: Mixup | None,
+    latency_loss_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy and latency-aware loss of a batch; the latter 0 where it has no weight."""
+    device = device_of(model)
+    images, labels = images.to(device), labels.to(device)
+    # Mixup pairs the images of a batch: an odd one, at the end of an epoch, stays unmixed.
+    if mix is not None and len(images) % 2 == 0:
+        images, labels = mix(images, labels)
+    loss = F.cross_entropy(model(images), labels, label_smoothing=settings.label_smoothing)
+    if not latency_loss_weight:
+        return loss, torch.zeros_like(loss)
+    return loss, model_latency_loss(model)
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    identity: Mapping[str, str],
+    history: list[Epoch],
+) -> None:
+    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"{_OPTIMISER}{index}.{name}": tensor for name, tensor in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"identity": dict(identity), "history": [entry.model_dump() for entry in history]}
+    save_tensors(path, tensors, header)
+
+
+def _resume(
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, identity: Mapping[str, str]
+) -> list[Epoch]:
+    tensors, header = load_tensors(path)
+    found = header.get("identity", {})
+    for key in sorted(identity.keys() | found.keys()):
+        if identity.get(key) != found.get(key):
+            raise BadInput(
+                f"{path}: {key}: is {found.get(key)!r}, this run has {identity.get(key)!r};"
+                " choose another --out or delete the file"
+            )
+    weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    load_state(path, model, weights)
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_OPTIMISER):
+            index, key = name.removeprefix(_OPTIMISER).split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict(
+        {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
+    )
+    return [Epoch.model_validate(entry) for entry in header["history"]]

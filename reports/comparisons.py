@@ -1,0 +1,263 @@
+"""Which implementation of each product is faster, and how sure that is: pure functions on rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Literal
+
+import pandas as pd
+
+from profiler.device import DeviceInfo
+from profiler.store import Measurement
+from reports.formats import WithInterval
+
+Outcome = Literal["pays", "does not pay", "undecided"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster, with a conservative interval; ends are None where one is unknown."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether the whole interval lies above or below 1."""
+        if self.low is not None and self.low > 1:
+            return "pays"
+        if self.high is not None and self.high < 1:
+            return "does not pay"
+        return "undecided"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A latency in ms with its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def latency(row: Measurement) -> Latency:
+    """The latency of a row that has one.
+
+    Raises:
+        ValueError: If the row has no figure.
+    """
+    if row.latency_ms is None:
+        raise ValueError(f"{row.subject}: {row.lowering} has no latency ({row.reason})")
+    return Latency(row.latency_ms, row.latency_low_ms, row.latency_high_ms)
+
+
+def speed_ratio(baseline: WithInterval, ours: WithInterval) -> Ratio:
+    """Baseline ÷ ours: above 1 ours is faster.
+
+    The interval is conservative: the low end sets the baseline's low end against our high end.
+    """
+    low = baseline.low / ours.high if baseline.low is not None and ours.high else None
+    high = baseline.high / ours.low if baseline.high is not None and ours.low else None
+    return Ratio(baseline.value / ours.value, low, high)
+
+
+def _fastest(rows: Iterable[Measurement]) -> Measurement | None:
+    return min(rows, key=lambda row: latency(row).value, default=None)
+
+
+def _schedule(row: Measurement) -> str:
+    return row.lowering.partition(".")[2]
+
+
+def _form(row: Measurement) -> str:
+    return row.workload.form if row.workload else ""
+
+
+@dataclass(frozen=True)
+class OwnMult:
+    """Our shift kernel against our own multiplication; ``ratio`` above 1: shift is faster."""
+
+    shift: Measurement
+    mult: Measurement
+    ratio: Ratio
+
+    @property
+    def same_schedule(self) -> bool:
+        """Whether both were built with the same schedule: then only the shift differs."""
+        return _schedule(self.shift) == _schedule(self.mult)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All implementations of one product on one device in one cache state.
+
+    Attributes:
+        product: ``Workload.product``: what the implementations have in common.
+        rows: Every row of it, with or without a figure.
+    """
+
+    device: DeviceInfo
+    cache: str
+    product: str
+    rows: tuple[Measurement, ...]
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense product."""
+        return self.rows[0].workload.macs if self.rows[0].workload else 0
+
+    @cached_property
+    def ours(self) -> tuple[Measurement, ...]:
+        """Our rows with a figure."""
+        return tuple(row for row in self.rows if row.status == "ok" and not row.is_baseline)
+
+    @cached_property
+    def baselines(self) -> tuple[Measurement, ...]:
+        """Baseline rows with a figure."""
+        return tuple(row for row in self.rows if row.status == "ok" and row.is_baseline)
+
+    @cached_property
+    def absent_baselines(self) -> tuple[Measurement, ...]:
+        """Baselines that failed, were contended or were skipped."""
+        return tuple(row for row in self.rows if row.status != "ok" and row.is_baseline)
+
+    @property
+    def no_fastest(self) -> str | None:
+        """Why no baseline may be called the fastest, or None if one may."""
+        if self.absent_baselines:
+            return "; ".join(f"{row.lowering} {row.status}" for row in self.absent_baselines)
+        return None if self.baselines else "no baseline measured"
+
+    @property
+    def fastest_baseline(self) -> Measurement | None:
+        """The fastest baseline, only where every baseline has a figure."""
+        return None if self.no_fastest else _fastest(self.baselines)
+
+    @property
+    def best_baseline_that_ran(self) -> Measurement | None:
+        """The lowest latency among the baselines with a figure, whatever the others did."""
+        return _fastest(self.baselines)
+
+    @property
+    def winner(self) -> Measurement | None:
+        """The lowest latency of all, only where every baseline has a figure."""
+        return None if self.no_fastest else _fastest(self.ours + self.baselines)
+
+    @property
+    def replacement(self) -> Measurement | None:
+        """Our fastest kernel without multiplications."""
+        return _fastest(
+            row for row in self.ours if row.workload and row.workload.primitive != "mult"
+        )
+
+    def best_of_form(self, form: str) -> Measurement | None:
+        """Our fastest lowering of a form."""
+        return _fastest(row for row in self.ours if _form(row) == form)
+
+    @property
+    def verdict(self) -> tuple[Outcome, Ratio | None, str]:
+        """Whether shift or add beats every multiplication measured, the baselines' and our own.
+
+        Returns:
+            The outcome, the ratio to the strongest rival that ran, and why it is undecided.
+        """
+        rivals = self.baselines + tuple(
+            row for row in self.ours if row.workload and row.workload.primitive == "mult"
+        )
+        ours, rival = self.replacement, _fastest(rivals)
+        if ours is None or rival is None:
+            return "undecided", None, "no shift or add kernel" if ours is None else "no rival"
+        ratio = speed_ratio(latency(rival), latency(ours))
+        if ours.run != rival.run:
+            return "undecided", ratio, "from different runs"
+        # A loss stays a loss whatever the missing baseline would have done; a win does not.
+        if ratio.outcome == "pays" and self.no_fastest:
+            return "undecided", ratio, self.no_fastest
+        return ratio.outcome, ratio, "intervals overlap" if ratio.outcome == "undecided" else ""
+
+    def own_mult(
+        self, shift_form: str = "shift_int8", mult_form: str = "mult_int8"
+    ) -> OwnMult | None:
+        """Our fastest shift against our mult, with the same schedule where there is one."""
+        shifts = [row for row in self.ours if _form(row) == shift_form]
+        mults = [row for row in self.ours if _form(row) == mult_form]
+        paired = [s for s in shifts if any(_schedule(s) == _schedule(m) for m in mults)]
+        shift = _fastest(paired or shifts)
+        mult = _fastest(
+            m for m in mults if not paired or (shift and _schedule(m) == _schedule(shift))
+        )
+        if shift is None or mult is None:
+            return None
+        return OwnMult(shift, mult, speed_ratio(latency(mult), latency(shift)))
+
+
+def compare(rows: Iterable[Measurement]) -> list[Comparison]:
+    """Groups the primitive rows by device, cache state and product; largest products first."""
+    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    for row in rows:
+        if row.kind == "primitive" and row.workload:
+            key = (row.device.fingerprint, row.cache, row.workload.product)
+            groups.setdefault(key, []).append(row)
+    found = [
+        Comparison(group[0].device, cache, product, tuple(group))
+        for (_, cache, product), group in groups.items()
+    ]
+    return sorted(found, key=lambda comparison: (-comparison.macs, comparison.product))
+
+
+def settings(comparisons: Sequence[Comparison], main: str | None) -> list[list[Comparison]]:
+    """The comparisons by device and cache state: the device ``main`` first, hot before cold."""
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault((comparison.device.fingerprint, comparison.cache), []).append(comparison)
+    order = sorted(groups, key=lambda key: (key[0] != main, key[1] != "hot", -len(groups[key])))
+    return [groups[key] for key in order]
+
+
+def count_outcomes(comparisons: Iterable[Comparison]) -> Counter[Outcome]:
+    """How many products pay, do not pay, or are undecided; those without a rival are left out."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    return Counter(outcome for outcome, ratio, _ in verdicts if ratio is not None)
+
+
+def median_own_mult(comparisons: Iterable[Comparison]) -> Ratio | None:
+    """Median over the products of shift_int8 against our own mult_int8, with its full range."""
+    ratios = [own.ratio.value for c in comparisons if (own := c.own_mult())]
+    return Ratio(median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def speedups(comparisons: Iterable[Comparison]) -> pd.DataFrame:
+    """Best lowering of each of our forms against the best baseline that ran, one row each.
+
+    Returns:
+        Columns product, macs, form, lowering, baseline, ratio, low, high (None where unknown)
+        and outcome; a product with a missing baseline is ``undecided`` unless ours is slower.
+    """
+    found = []
+    for comparison in comparisons:
+        baseline = comparison.best_baseline_that_ran
+        forms = sorted({_form(row) for row in comparison.ours})
+        for form in forms if baseline else []:
+            ours = comparison.best_of_form(form)
+            assert ours is not None and baseline is not None
+            ratio = speed_ratio(latency(baseline), latency(ours))
+            open_win = ratio.outcome == "pays" and comparison.no_fastest
+            found.append(
+                {
+                    "product": comparison.product,
+                    "macs": comparison.macs,
+                    "form": form,
+                    "lowering": ours.lowering,
+                    "baseline": baseline.lowering,
+                    "ratio": ratio.value,
+                    "low": ratio.low,
+                    "high": ratio.high,
+                    "outcome": "undecided" if open_win else ratio.outcome,
+                }
+            )
+    return pd.DataFrame(found)

@@ -1,0 +1,345 @@
+"""Sections on the fine-tuned and deployed model."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pandas as pd
+
+from reparam.results import FinetuneResults, VariantResult
+from reports import plots
+from reports.formats import (
+    Cell,
+    bytes_cell,
+    bytes_text,
+    count_cell,
+    milliseconds_cell,
+    missing,
+    number_cell,
+    percent,
+    percent_cell,
+    points_cell,
+    significant,
+    times_cell,
+    top1_cell,
+)
+from reports.html import Picture, Section, Table
+from reports.run_folder import FINETUNE, RunFolder
+from reports.verdict import original_of, shift_share, variant_speed
+
+
+def _energy_cell(variant: VariantResult) -> Cell:
+    if variant.energy_mj is None:
+        return missing(variant.energy_reason)
+    text = f"{significant(variant.energy_mj)} mJ"
+    return Cell(text, variant.energy_mj, variant.energy_source)
+
+
+def accuracy(run: RunFolder) -> Section:
+    """By how much and at what accuracy: each variant against the original."""
+    title = "By how much, at what accuracy"
+    results = run.results
+    if results is None:
+        return Section("accuracy", title, missing=run.absence("results.json"))
+    frame = pd.DataFrame(
+        [
+            {
+                "name": one.name,
+                "title": one.title if one.deployed_top1 else f"{one.title} (trained form)",
+                "latency_ms": one.latency_ms.value,
+                "latency_low": one.latency_ms.low,
+                "latency_high": one.latency_ms.high,
+                "top1": (one.deployed_top1 or one.top1).value,
+                "top1_low": (one.deployed_top1 or one.top1).low,
+                "top1_high": (one.deployed_top1 or one.top1).high,
+                "deployed": one.deployed_top1 is not None,
+            }
+            for one in results.variants
+            if one.latency_ms
+        ]
+    )
+    split = ", ".join(f"{count} {name}" for name, count in results.split.items())
+    lead = (
+        f"{results.model} on {results.data} ({results.classes} classes; images: {split}), seed "
+        f"{results.seed}. Latency is one batch of {results.deploy_batch}, measured end to end on "
+        f"{results.device.label}.",
+    )
+    unplotted = [one.title for one in results.variants if not one.latency_ms]
+    note = f" Not drawn, no measured latency: {', '.join(unplotted)}." if unplotted else ""
+    picture = Picture(
+        "accuracy",
+        partial(plots.accuracy_latency, frame),
+        "Top-1 against measured latency: "
+        + "; ".join(
+            f"{one.title} {(one.deployed_top1 or one.top1).value:.2f} % at "
+            f"{significant(one.latency_ms.value)} ms"
+            for one in results.variants
+            if one.latency_ms
+        ),
+        "Up and to the left is better. Bars are 95 % intervals: of the median latency, and "
+        f"Wilson's for the accuracy. Hollow: accuracy of the trained form.{note}",
+    )
+    return Section(
+        "accuracy",
+        title,
+        lead,
+        (picture,) if len(frame) else (),
+        (_variant_table(results),),
+        (results.command,),
+    )
+
+
+def _variant_table(results: FinetuneResults) -> Table:
+    rows: list[tuple[str | Cell, ...]] = []
+    for one in results.variants:
+        speed = variant_speed(results, one)
+        is_original = one is original_of(results)
+        against = "the original itself" if is_original else "not measured"
+        rows.append(
+            (
+                one.title,
+                top1_cell(one.deployed_top1) if one.deployed_top1 else missing("not deployed"),
+                points_cell(one.difference) if one.difference else missing(against),
+                top1_cell(one.top1),
+                milliseconds_cell(one.latency_ms)
+                if one.latency_ms
+                else missing(one.latency_reason),
+                missing(against) if is_original or speed is None else times_cell(speed),
+                bytes_cell(one.weight_bytes),
+                _energy_cell(one),
+            )
+        )
+    return Table(
+        "Variants against the original",
+        (
+            "variant",
+            "top-1 deployed",
+            "difference, points",
+            "top-1 trained",
+            "latency, measured",
+            "original ÷ it",
+            "weight bytes",
+            "energy",
+        ),
+        tuple(rows),
+        is_open=True,
+        note="The difference is deployed top-1 minus the original's on the same images, with its "
+        "paired 95 % interval: below 0 throughout means surely less accurate.",
+    )
+
+
+def routing(run: RunFolder) -> Section:
+    """Where the router sends its tokens."""
+    title = "Routing: which tokens go where"
+    if run.results is None:
+        return Section("routing", title, missing=run.absence("results.json"))
+    routed = [one for one in run.results.variants if one.dispatch]
+    if not routed:
+        return Section("routing", title, ("No variant of this run has an MoE layer.",))
+    frame = pd.DataFrame(
+        [
+            {
+                "title": one.title,
+                "layer": layer.layer,
+                "expert": expert,
+                "share": 100 * layer.share[expert],
+                "optimal_share": 100 * layer.optimal_share.get(expert, 0.0),
+            }
+            for one in routed
+            for layer in one.dispatch
+            for expert in sorted(layer.share)
+        ]
+    )
+    sentences = " ".join(
+        f"“{one.title}” sends {percent(shift_share(one))} of its tokens to shift experts, the mean "
+        f"of its {len(one.dispatch)} MoE layers."
+        for one in routed
+    )
+    picture = Picture(
+        "routing",
+        partial(plots.routing, frame),
+        f"Share of tokens per expert and MoE layer. {sentences}",
+        "Share of the test set's tokens per expert. The diamond is where the latency-aware loss "
+        "has its minimum: each expert's load in inverse proportion to its latency.",
+    )
+    rows = tuple(
+        (
+            one.title,
+            layer.layer,
+            expert,
+            percent_cell(100 * share),
+            percent_cell(100 * layer.optimal_share[expert])
+            if expert in layer.optimal_share
+            else missing("not given"),
+            number_cell(layer.expert_latency_ms.get(expert), "not in the table"),
+            layer.expert_source.get(expert, "not given"),
+        )
+        for one in routed
+        for layer in one.dispatch
+        for expert, share in sorted(layer.share.items())
+    )
+    table = Table(
+        "Tokens and latency of each expert",
+        (
+            "variant",
+            "layer",
+            "expert",
+            "share of tokens",
+            "optimum of the loss",
+            "latency of all tokens, ms",
+            "source of the latency",
+        ),
+        rows,
+    )
+    return Section("routing", title, (sentences,), (picture,), (table,), (FINETUNE,))
+
+
+def training(run: RunFolder) -> Section:
+    """How training went."""
+    title = "Training"
+    if run.results is None:
+        return Section("training", title, missing=run.absence("results.json"))
+    epochs = [
+        {"name": one.name, "title": one.title, "step": step, **epoch.model_dump()}
+        for one in run.results.variants
+        for step, epoch in enumerate(one.history, start=1)
+    ]
+    if not epochs:
+        return Section("training", title, ("results.json holds no training history.",))
+    frame = pd.DataFrame(epochs)
+    lead = "; ".join(
+        f"{part.title.iloc[0]}: {len(part)} epochs in {part.seconds.sum():.0f} s"
+        for _, part in frame.groupby("name", sort=False)
+    )
+    picture = Picture(
+        "training",
+        partial(plots.training, frame),
+        "Validation top-1 and training loss by epoch; figures in the table.",
+        "Epochs are counted from each variant's own start.",
+    )
+    table = Table(
+        "Training by epoch",
+        (
+            "variant",
+            "stage",
+            "epoch",
+            "training loss",
+            "latency loss",
+            "validation top-1",
+            "seconds",
+        ),
+        tuple(
+            (
+                one.title,
+                epoch.stage,
+                count_cell(epoch.epoch),
+                number_cell(epoch.train_loss, digits=4),
+                number_cell(epoch.latency_loss, "not used", digits=4),
+                percent_cell(epoch.validation_top1),
+                number_cell(epoch.seconds),
+            )
+            for one in run.results.variants
+            for epoch in one.history
+        ),
+    )
+    return Section("training", title, (f"{lead}.",), (picture,), (table,), (FINETUNE,))
+
+
+def weights(run: RunFolder) -> Section:
+    """Storage: the shift's surest win."""
+    title = "Weight bytes"
+    if run.results is None:
+        return Section("weights", title, missing=run.absence("results.json"))
+    original = original_of(run.results)
+    base = original.weight_bytes if original else None
+    frame = pd.DataFrame(
+        [
+            {
+                "name": one.name,
+                "title": one.title,
+                "value": one.weight_bytes / 1e3,
+                "text": bytes_text(one.weight_bytes)
+                + (f", {significant(100 * one.weight_bytes / base)} %" if base else ""),
+                "modelled": False,
+                "axis": "stored parameters, kB (1000 bytes)",
+            }
+            for one in run.results.variants
+        ]
+    )
+    if frame.empty:
+        return Section("weights", title, ("results.json holds no variant.",))
+    picture = Picture(
+        "weights",
+        partial(plots.bars, frame),
+        "Stored parameters: " + "; ".join(f"{row.title} {row.text}" for row in frame.itertuples()),
+        "Stored parameters of the deployed form, and their share of the original's.",
+    )
+    table = Table(
+        "Weight bytes of each variant",
+        ("variant", "weight bytes", "of the original"),
+        tuple(
+            (
+                one.title,
+                count_cell(one.weight_bytes),
+                percent_cell(100 * one.weight_bytes / base if base else None, "no original"),
+            )
+            for one in run.results.variants
+        ),
+    )
+    return Section("weights", title, (), (picture,), (table,), (FINETUNE,))
+
+
+def agreement(run: RunFolder) -> Section:
+    """Whether the deployed model is the trained one, and what was converted."""
+    title = "Deployed against trained"
+    if run.results is None:
+        return Section("agreement", title, missing=run.absence("results.json"))
+    deployed = [(one, one.agreement) for one in run.results.variants if one.agreement]
+    images, differing, traced = (
+        sum(getattr(found, name) for _, found in deployed)
+        for name in ("images", "differing", "traced")
+    )
+    lead = (
+        f"Over the {len(deployed)} variants deployed on our kernels, {differing} of {images} "
+        f"predictions differ from the trained form's; {traced} of those were traced to a code or "
+        "gate within rounding of its threshold."
+        if deployed
+        else "No variant was deployed on our kernels.",
+    )
+    tables = [
+        Table(
+            "Agreement of each deployed variant with its trained form",
+            (
+                "variant",
+                "images",
+                "differing",
+                "of these traced",
+                "largest relative error of a layer",
+            ),
+            tuple(
+                (
+                    one.title,
+                    count_cell(found.images),
+                    count_cell(found.differing),
+                    count_cell(found.traced),
+                    # An error below 0.001 needs its exponent to be read.
+                    Cell(f"{found.max_layer_error:.2g}", found.max_layer_error),
+                )
+                for one, found in deployed
+            ),
+            is_open=bool(deployed),
+        )
+    ]
+    tables += [
+        Table(
+            f"{one.title}: {len(one.converted)} layers converted, {len(one.skipped)} skipped",
+            ("layer", "what happened", "to what, or why not"),
+            (
+                *((name, "converted", form) for name, form in one.converted.items()),
+                *((name, "skipped", reason) for name, reason in one.skipped.items()),
+            ),
+        )
+        for one in run.results.variants
+        if one.converted or one.skipped
+    ]
+    return Section("agreement", title, lead, (), tuple(tables), (FINETUNE,))

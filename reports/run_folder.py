@@ -1,0 +1,126 @@
+"""What a run folder holds, and which command makes what it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+
+from cost_models.fit_result import FitResult
+from cost_models.latency_table import LatencyTable
+from profiler.command_line import BadInput, explain
+from profiler.device import DeviceInfo
+from profiler.store import Measurement, open_store
+from reparam.results import FinetuneResults
+
+SWEEP, FIT, FINETUNE = (
+    "python -m profiler.sweep",
+    "python -m cost_models.fit",
+    "python -m reparam.finetune",
+)
+
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The content of a run folder; None for what is not there.
+
+    Attributes:
+        rows: Measurements.
+        fit: How well the latency models do.
+        results: What fine-tuning found.
+        table: The latency table.
+    """
+
+    path: Path
+    rows: tuple[Measurement, ...] | None
+    fit: FitResult | None
+    results: FinetuneResults | None
+    table: LatencyTable | None
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """The command that makes each file, filled in for this folder."""
+        folder = self.path
+        table = folder / "latency_table.json"
+        finetune = f"{FINETUNE} --recipe digits-quick"
+        fit = f"{FIT} --store {folder / 'measurements.sqlite'} --out {folder}"
+        return {
+            "measurements.sqlite": f"{SWEEP} --out {folder}",
+            "latency_table.json": fit,
+            "fit.json": fit,
+            "results.json": f"{finetune} --latency-table {table} --out {folder}",
+        }
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The files that are not there, with the command that makes each."""
+        present = {
+            "measurements.sqlite": self.rows is not None,
+            "latency_table.json": self.table is not None,
+            "fit.json": self.fit is not None,
+            "results.json": self.results is not None,
+        }
+        return {name: command for name, command in self.commands.items() if not present[name]}
+
+    def absence(self, name: str) -> str:
+        """What to say where a file is missing."""
+        return f"{name} is missing. This makes it: {self.commands[name]}"
+
+    @property
+    def device(self) -> DeviceInfo | None:
+        """Who the verdict is about: the device of the results, else of most measurements."""
+        if self.results:
+            return self.results.device
+        if self.rows:
+            devices = [row.device for row in self.rows]
+            counts: dict[str, int] = {}
+            for device in devices:
+                counts[device.fingerprint] = counts.get(device.fingerprint, 0) + 1
+            return max(devices, key=lambda device: counts[device.fingerprint])
+        return self.fit.device if self.fit else None
+
+
+def _read(path: Path, load: Callable[[Path], Content]) -> Content | None:
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except ValidationError as error:
+        raise BadInput(f"{path}: is none of ours: {explain(error)}") from error
+    except (OSError, ValueError, SQLAlchemyError) as error:
+        message = str(error).removeprefix(f"{path}: ")
+        raise BadInput(f"{path}: cannot be read: {message}") from error
+
+
+def _rows(path: Path) -> tuple[Measurement, ...]:
+    store = open_store(path)
+    try:
+        return tuple(store.rows())
+    finally:
+        store.close()
+
+
+def load_run(path: Path) -> RunFolder:
+    """Reads what a run folder holds.
+
+    Raises:
+        BadInput: If it is no folder, holds none of our files, or one of them is not readable.
+    """
+    if not path.is_dir():
+        raise BadInput(f"--run {path}: no such folder")
+    run = RunFolder(
+        path=path,
+        rows=_read(path / "measurements.sqlite", _rows),
+        fit=_read(path / "fit.json", FitResult.load),
+        results=_read(path / "results.json", FinetuneResults.load),
+        table=_read(path / "latency_table.json", LatencyTable.load),
+    )
+    if len(run.missing) == len(run.commands):
+        raise BadInput(f"--run {path}: holds none of {', '.join(run.commands)}")
+    return run

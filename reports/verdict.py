@@ -1,0 +1,249 @@
+"""Does it pay here? The sentence and the key figures, computed from the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from profiler.device import DeviceInfo
+from reparam.results import FinetuneResults, VariantResult
+from reports import formats
+from reports.comparisons import (
+    Comparison,
+    Ratio,
+    compare,
+    count_outcomes,
+    median_own_mult,
+    settings,
+    speed_ratio,
+)
+from reports.html import Card, Verdict
+from reports.run_folder import RunFolder
+
+
+def short_label(device: DeviceInfo) -> str:
+    """The device's name and threads; its vector extensions stand in the table of the machine."""
+    return f"{device.name}, {device.threads} threads" if device.kind == "cpu" else device.name
+
+
+def original_of(results: FinetuneResults) -> VariantResult | None:
+    """The variant that all others are set against."""
+    return next((variant for variant in results.variants if variant.name == "original"), None)
+
+
+def variant_speed(results: FinetuneResults, variant: VariantResult) -> Ratio | None:
+    """How many times faster a variant is than the original, both measured; None if one is not."""
+    original = original_of(results)
+    if original is None or original.latency_ms is None or variant.latency_ms is None:
+        return None
+    return speed_ratio(original.latency_ms, variant.latency_ms)
+
+
+def assess(results: FinetuneResults, variant: VariantResult) -> str:
+    """``pays``: surely faster and not surely less accurate; ``mixed``: faster, less accurate."""
+    speed = variant_speed(results, variant)
+    if speed is None or speed.outcome == "undecided":
+        return "undecided"
+    if speed.outcome == "does not pay":
+        return "does not pay"
+    if variant.difference is None:
+        return "undecided"
+    return "mixed" if variant.difference.high < 0 else "pays"
+
+
+def main_setting(run: RunFolder) -> list[Comparison]:
+    """The comparisons that the verdict rests on: the main device, hot before cold."""
+    main = run.device.fingerprint if run.device else None
+    found = settings(compare(run.rows or ()), main)
+    return found[0] if found and found[0][0].device.fingerprint == main else []
+
+
+_OPENING = {
+    "pays": "It pays here",
+    "does not pay": "It does not pay here",
+    "mixed": "It pays in time but costs accuracy here",
+    "undecided": "Not decided here",
+}
+
+
+def _model_sentence(results: FinetuneResults, variant: VariantResult, status: str) -> str:
+    original = original_of(results)
+    speed = variant_speed(results, variant)
+    where = f"on {short_label(results.device)}, “{variant.title}”"
+    if speed is None or original is None or original.latency_ms is None or not variant.latency_ms:
+        reason = variant.latency_reason or (original.latency_reason if original else "no original")
+        return f"Not decided here: {where} has no measured latency to compare ({reason})."
+    sentence = (
+        f"{_OPENING[status]}: {where} takes {formats.significant(variant.latency_ms.value)} ms "
+        f"a batch of {results.deploy_batch} against "
+        f"{formats.significant(original.latency_ms.value)} ms for the original, "
+        f"{formats.significant(speed.value)}× its speed {formats.ends(speed)}"
+    )
+    if status == "undecided" and speed.outcome == "undecided":
+        sentence += ", a difference within the measurement's uncertainty"
+    accuracy = variant.deployed_top1
+    if accuracy is None:
+        return f"{sentence}; its deployed top-1 was not measured."
+    changed = f", {_points(variant)}" if variant.difference else ""
+    return f"{sentence}, at {accuracy.value:.2f} % top-1{changed}."
+
+
+def _points(variant: VariantResult) -> str:
+    if variant.difference is None:
+        return "not compared"
+    ends = formats.ends(variant.difference, formats.signed)
+    return f"{formats.signed(variant.difference.value)} points {ends}"
+
+
+def _kernel_sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    counts = count_outcomes(comparisons)
+    total = sum(counts.values())
+    if not total:
+        return ()
+    sentences = (
+        f"Kernel by kernel, our best shift or add kernel beats every multiplication measured, the "
+        f"baselines' and our own, in {counts['pays']} of {total} products, loses in "
+        f"{counts['does not pay']}, and {counts['undecided']} "
+        f"{'is' if counts['undecided'] == 1 else 'are'} undecided.",
+    )
+    own = median_own_mult(comparisons)
+    if own is None:
+        return sentences
+    return (
+        *sentences,
+        f"What the shift itself brings: int8 shift runs at {formats.significant(own.value)}× the "
+        f"speed of our own int8 mult (median; {formats.significant(own.low or 0)}× to "
+        f"{formats.significant(own.high or 0)}× over the products).",
+    )
+
+
+def _weights_sentence(results: FinetuneResults) -> str:
+    original, last = original_of(results), results.variants[-1]
+    if original is None or original is last:
+        return ""
+    change = 100 * (last.weight_bytes / original.weight_bytes - 1)
+    return (
+        f"Its weights take {formats.bytes_text(last.weight_bytes)} against "
+        f"{formats.bytes_text(original.weight_bytes)} ({formats.signed(change, 0)} %)."
+    )
+
+
+def decide(run: RunFolder) -> Verdict:
+    """The verdict on the last variant; on the kernels alone where no model was trained."""
+    comparisons = main_setting(run)
+    kernels = _kernel_sentences(comparisons)
+    results = run.results
+    if results and results.variants:
+        last = results.variants[-1]
+        status = assess(results, last)
+        better = [v for v in results.variants[1:-1] if assess(results, v) == "pays"]
+        details = [text for text in (_weights_sentence(results), *kernels) if text]
+        headline = _model_sentence(results, last, status)
+        if better and status != "pays":
+            names = ", ".join(f"“{variant.title}”" for variant in better)
+            headline = headline.replace(_OPENING[status], "Mixed", 1)
+            details.insert(0, f"What does pay: {names}.")
+            status = "mixed"
+        return Verdict(status, headline, tuple(details))  # type: ignore[arg-type]
+    counts = count_outcomes(comparisons)
+    total = sum(counts.values())
+    if not total or not run.device:
+        return Verdict("undecided", "Not decided here: nothing to compare was measured.", kernels)
+    decided = total - counts["undecided"]
+    if not decided:
+        status, opening = "undecided", "Not decided here"
+    elif counts["pays"] == decided:
+        status, opening = "pays", "Kernel by kernel it pays here"
+    elif not counts["pays"]:
+        status, opening = "does not pay", "It does not pay here"
+    else:
+        status, opening = "mixed", "It depends on the product here"
+    headline = (
+        f"{opening}: on {short_label(run.device)}, shift or add beats every multiplication in "
+        f"{counts['pays']} of {total} products and lose in {counts['does not pay']}."
+    )
+    return Verdict(status, headline, (*kernels[1:], "No model was fine-tuned in this run."))  # type: ignore[arg-type]
+
+
+def shift_share(variant: VariantResult) -> float | None:
+    """Share of tokens on shift experts in percent, the mean over the MoE layers."""
+    shares = [
+        sum(share for expert, share in layer.share.items() if expert.startswith("shift"))
+        for layer in variant.dispatch
+    ]
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
+def held_out_mape(run: RunFolder, column: str = "mape") -> float | None:
+    """An error column of fit.json, the mean over the held-out rows, in percent."""
+    fits = [fit for fit in run.fit.fits if getattr(fit, column) is not None] if run.fit else []
+    rows = sum(fit.rows_test for fit in fits)
+    return sum(getattr(fit, column) * fit.rows_test for fit in fits) / rows if rows else None
+
+
+def key_figures(run: RunFolder) -> tuple[Card, ...]:
+    """The six figures on top; a dash and its reason where one is missing."""
+    return (*_model_cards(run), _own_mult_card(run), _fit_card(run))
+
+
+def _model_cards(run: RunFolder) -> tuple[Card, ...]:
+    labels = ("Top-1, deployed", "Latency, measured", "Weight bytes", "Share of tokens on shift")
+    results = run.results
+    if results is None or not results.variants:
+        return tuple(Card(label, formats.DASH, "no results.json in this run") for label in labels)
+    original, last = original_of(results), results.variants[-1]
+    accuracy, speed, share = last.deployed_top1, variant_speed(results, last), shift_share(last)
+    base = (original.deployed_top1 or original.top1) if original else None
+    against = f"original {base.value:.2f} %" if base else "no original"
+    return (
+        Card(
+            labels[0],
+            f"{accuracy.value:.2f} %" if accuracy else formats.DASH,
+            f"{against}; {_points(last)}, paired"
+            if accuracy and last.difference
+            else "not deployed",
+        ),
+        Card(
+            f"{labels[1]}, batch {results.deploy_batch}",
+            f"{formats.significant(last.latency_ms.value)} ms" if last.latency_ms else formats.DASH,
+            f"original {formats.significant(original.latency_ms.value)} ms; "
+            f"{formats.significant(speed.value)}× its speed {formats.ends(speed)}"
+            if speed and original and original.latency_ms
+            else last.latency_reason or "the original was not measured",
+        ),
+        Card(
+            labels[2],
+            formats.bytes_text(last.weight_bytes),
+            f"original {formats.bytes_text(original.weight_bytes)}; "
+            f"{formats.significant(100 * last.weight_bytes / original.weight_bytes)} % of it"
+            if original
+            else "no original",
+        ),
+        Card(
+            labels[3],
+            formats.percent(share),
+            f"mean of {len(last.dispatch)} MoE layers" if last.dispatch else "no MoE layer",
+        ),
+    )
+
+
+def _own_mult_card(run: RunFolder) -> Card:
+    own = median_own_mult(main_setting(run))
+    label = "What shift brings over our own int8 mult"
+    if own is None:
+        return Card(label, formats.DASH, "shift_int8 and mult_int8 were not both measured")
+    return Card(
+        label,
+        f"{formats.significant(own.value)}×",
+        f"median speed ratio; {formats.significant(own.low or 0)}× to "
+        f"{formats.significant(own.high or 0)}× over the products",
+    )
+
+
+def _fit_card(run: RunFolder) -> Card:
+    label, error = "Latency model, held-out error (MAPE)", held_out_mape(run)
+    if error is None:
+        reason = "no fit.json in this run" if run.fit is None else "no held-out rows"
+        return Card(label, formats.DASH, reason)
+    roofline = formats.percent(held_out_mape(run, "mape_roofline"))
+    nearest = formats.percent(held_out_mape(run, "mape_nearest"))
+    return Card(label, formats.percent(error), f"roofline {roofline}, nearest neighbour {nearest}")

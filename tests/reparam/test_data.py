@@ -1,0 +1,126 @@
+"""Data: disjoint stratified splits, honest augmentation, folders that name what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from profiler.command_line import BadInput
+from reparam.data import SPLITS, digits, image_folder, random_affine, stratified_split
+
+
+def collect(data, split, training=False):
+    parts = list(data.batches(split, 64, training))
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(20, 60), min_size=2, max_size=5), seed=st.integers(0, 2**32 - 1))
+def test_split_is_disjoint_whole_and_stratified(counts, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    parts = stratified_split(labels, seed)
+    joined = np.concatenate([parts[split] for split in SPLITS])
+    assert sorted(joined) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        assert abs((labels[parts["test"]] == label).sum() - count / 4) <= 1.5
+
+
+def test_split_depends_on_the_seed_alone():
+    labels = load_digits().target
+    first, again, other = (stratified_split(labels, seed)["test"] for seed in (3, 3, 4))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_digits_are_normalised_by_their_training_part():
+    data = digits(0)
+    assert data.classes == 10
+    assert sum(data.sizes.values()) == 1797
+    assert data.sizes["test"] >= 400
+    images, labels = collect(data, "train")
+    assert images.shape == (data.sizes["train"], 1, 16, 16)
+    assert labels.bincount().min() > 90
+    assert images.mean().abs() < 1e-5
+    assert (images.std() - 1).abs() < 1e-5
+    assert collect(data, "test")[0].mean().abs() > 1e-5
+
+
+def test_only_training_batches_are_shuffled_and_augmented():
+    data = digits(0)
+    assert torch.equal(collect(data, "train")[0], collect(data, "train")[0])
+    torch.manual_seed(0)
+    first, first_labels = collect(data, "train", True)
+    second, second_labels = collect(data, "train", True)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first_labels, second_labels)
+    torch.manual_seed(0)
+    assert torch.equal(first, collect(data, "train", True)[0])
+
+
+def test_affine_moves_images_but_not_far():
+    image = torch.zeros(200, 1, 16, 16)
+    image[:, :, 7:9, 7:9] = 1.0
+    moved = random_affine(image)
+    assert moved.shape == image.shape
+    assert (moved != image).flatten(1).any(dim=1).float().mean() > 0.95
+    assert moved[:, :, 3:13, 3:13].sum() / moved.sum() > 0.99
+    assert torch.allclose(random_affine(image, 0, 0, 0), image, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12)
+
+
+def make_images(folder, classes=("cat", "dog"), count=12):
+    for shade, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (40, 36), (90 * shade, index, 0)).save(folder / name / f"{index}.png")
+
+
+def test_folder_of_classes_is_split_by_seed(tmp_path, model):
+    make_images(tmp_path)
+    data = image_folder(tmp_path, model, 0, image_size=32)
+    assert data.sizes == {"train": 14, "validation": 4, "test": 6}
+    images, labels = collect(data, "test")
+    assert images.shape == (6, 3, 32, 32)
+    assert labels.tolist().count(0) == 3
+
+
+def test_val_is_the_test_set_where_there_is_no_test(tmp_path, model):
+    make_images(tmp_path / "train", count=20)
+    make_images(tmp_path / "val", count=5)
+    assert image_folder(tmp_path, model, 0).sizes == {"train": 34, "validation": 6, "test": 10}
+    make_images(tmp_path / "test", count=3)
+    assert image_folder(tmp_path, model, 0).sizes == {"train": 40, "validation": 10, "test": 6}
+
+
+def test_bad_folders_are_named(tmp_path, model):
+    with pytest.raises(BadInput, match="nothing: no such folder"):
+        image_folder(tmp_path / "nothing", model, 0)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(BadInput, match="empty"):
+        image_folder(empty, model, 0)
+    (empty / "cat").mkdir()
+    with pytest.raises(BadInput, match="cat"):
+        image_folder(empty, model, 0)
+    make_images(tmp_path / "one", classes=("cat",))
+    with pytest.raises(BadInput, match=r"one: needs at least 2 classes"):
+        image_folder(tmp_path / "one", model, 0)
+    make_images(tmp_path / "few", count=1)
+    with pytest.raises(BadInput, match=r"few: cannot be split"):
+        image_folder(tmp_path / "few", model, 0)
+    make_images(tmp_path / "two" / "train")
+    with pytest.raises(BadInput, match=r"no val/"):
+        image_folder(tmp_path / "two", model, 0)
+    make_images(tmp_path / "two" / "val", classes=("cat", "bird"))
+    with pytest.raises(BadInput, match="classes differ"):
+        image_folder(tmp_path / "two", model, 0)

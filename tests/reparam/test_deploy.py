@@ -1,0 +1,119 @@
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reparam.convert import ReparamConfig, reparameterize_
+from reparam.deploy import DeployedMoE, deploy, stored_bytes
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_int_mm", "einsum", "mv", "dot")
+
+
+def _vit(**changes):
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=4, **sizes | changes)
+
+
+def _converted(*configs, model=None):
+    model = model or _vit()
+    converted = {}
+    for config in configs:
+        converted |= reparameterize_(model, ReparamConfig(**config)).converted
+    return model.eval(), converted
+
+
+STAGE1 = {"attention": "add"}
+SHIFT = {"attention_linears": "shift_int8", "mlp": "shift_int8"}
+SHIFT_FP32 = {"attention_linears": "shift_fp32", "mlp": "shift_fp32", "shift_variant": "PS"}
+MOE = {"attention_linears": "shift_int8", "mlp": "moe"}
+
+
+class _Recorder(TorchDispatchMode):
+    """Names of the operators that run while one of some modules does."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.inside, self.calls = [], []
+        for name in names:
+            module = model.get_submodule(name)
+            module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name))
+            module.register_forward_hook(lambda *_: self.inside.pop() and None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.inside:
+            self.calls.append(function._schema.name.split("::"))
+        return function(*args, **(kwargs or {}))
+
+
+def _torch_products(recorder):
+    return [name for library, name in recorder.calls if library == "aten" and name in PRODUCTS]
+
+
+@pytest.mark.parametrize("stages", [(STAGE1,), (STAGE1, SHIFT), (STAGE1, MOE)])
+def test_no_torch_product_runs_inside_a_converted_layer(stages):
+    model, converted = _converted(*stages)
+    deployed = deploy(model)
+    with _Recorder(deployed, converted) as recorder:
+        deployed(torch.randn(3, 1, 16, 16))
+    assert not _torch_products(recorder)
+    ours = {name for library, name in recorder.calls if library == "shiftadd"}
+    assert ours == {"linear", "add_kv", "add_qkv"}
+
+
+def test_the_recorder_sees_products_of_an_undeployed_model():
+    model, converted = _converted(STAGE1, MOE)
+    with _Recorder(model, converted) as recorder:
+        model(torch.randn(3, 1, 16, 16))
+    assert _torch_products(recorder)
+
+
+@pytest.mark.parametrize(
+    "stages", [(STAGE1,), (STAGE1, SHIFT), (STAGE1, SHIFT_FP32), (STAGE1, MOE)]
+)
+def test_each_deployed_layer_agrees_with_its_training_form(stages):
+    model, converted = _converted(*stages)
+    deployed = deploy(model)
+    seen = {}
+    for name in converted:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.__setitem__(name, (inputs, output))
+        )
+    with torch.no_grad():
+        model(torch.randn(3, 1, 16, 16))
+        for name, (inputs, output) in seen.items():
+            again = deployed.get_submodule(name)(*inputs)
+            torch.testing.assert_close(again, output, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_deploying_leaves_the_trained_model_alone():
+    model, _ = _converted(STAGE1, MOE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    deploy(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_shift_weights_are_stored_in_a_quarter_of_the_bytes():
+    model, _ = _converted(STAGE1, SHIFT, model=_vit(embed_dim=128, num_heads=4))
+    deployed = deploy(model)
+    assert 3.4 < stored_bytes(model.blocks) / stored_bytes(deployed.blocks) < 4.0
+
+
+@pytest.mark.parametrize("bias", [100.0, -100.0])
+def test_an_expert_may_get_all_tokens_or_none(bias):
+    model, _ = _converted(STAGE1, MOE)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.router.gate.bias.copy_(torch.tensor([bias, -bias]))
+        x = torch.randn(2, 1, 16, 16)
+        deployed = deploy(model)
+        assert isinstance(deployed.blocks[0].mlp, DeployedMoE)
+        torch.testing.assert_close(deployed(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_pvt_deploys():
+    torch.manual_seed(0)
+    model, converted = _converted(STAGE1, SHIFT, model=timm.create_model("pvt_v2_b0"))
+    with torch.no_grad(), _Recorder(deployed := deploy(model), converted) as recorder:
+        assert deployed(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    assert not _torch_products(recorder)

@@ -1,0 +1,153 @@
+"""The import rules of the house, read from the code, and what importing must not do."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from profiler.sweep_config import SweepConfig
+from reparam.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("kernels", "profiler", "cost_models", "reparam", "reports")
+
+# Who may import what of ours. A bare package name allows all of it. command_line is how every
+# package speaks to a terminal; model_workloads' classes are shapes of the sweep.
+ALLOWED = {
+    "kernels": {"kernels"},
+    "profiler": {"profiler", "kernels"},
+    "cost_models": {
+        "cost_models",
+        "kernels.workload",
+        "profiler.store",
+        "profiler.device",
+        "profiler.model_workloads",
+        "profiler.command_line",
+    },
+    "reparam": {
+        "reparam",
+        "kernels.workload",
+        "kernels.packing",
+        "kernels.torch_ops",
+        "profiler.timing",
+        "profiler.samples",
+        "profiler.energy",
+        "profiler.device",
+        "profiler.store",
+        "profiler.command_line",
+        "cost_models.latency_table",
+        "cost_models.operation_energy",
+    },
+    "reports": {
+        "reports",
+        "kernels.workload",
+        "profiler.store",
+        "profiler.compare",
+        "profiler.device",
+        "profiler.samples",
+        "profiler.command_line",
+        "cost_models.latency_table",
+        "cost_models.fit_result",
+        "reparam.results",
+    },
+}
+# Who alone may import what of others.
+ONLY_IN = {
+    "tvm": "kernels",
+    "pynvml": "profiler/nvml.py",
+    "matplotlib": "reports/plots.py",
+    "pickle": None,
+}
+
+
+def _sources():
+    return [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_data_flows_one_way(package):
+    for path in (ROOT / package).rglob("*.py"):
+        for name in _imports(path):
+            if name.split(".")[0] not in PACKAGES:
+                continue
+            if name.count(".") == 0 or name in PACKAGES:
+                continue
+            parts = name.split(".")
+            prefixes = {".".join(parts[: i + 1]) for i in range(len(parts))}
+            leads_there = any(rule.startswith(f"{name}.") for rule in ALLOWED[package])
+            assert prefixes & ALLOWED[package] or leads_there, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(("module", "place"), ONLY_IN.items())
+def test_each_outside_library_has_its_room(module, place):
+    for path in _sources():
+        if any(name.split(".")[0] == module for name in _imports(path)):
+            assert place and str(path.relative_to(ROOT)).startswith(place), f"{path}: {module}"
+
+
+def test_workload_is_standard_library_only():
+    names = {name.split(".")[0] for name in _imports(ROOT / "kernels" / "workload.py")}
+    assert names <= set(sys.stdlib_module_names)
+
+
+def test_packages_are_empty_at_the_top_and_files_are_rooms():
+    for path in _sources():
+        if path.name == "__init__.py":
+            assert path.read_text() == ""
+        assert path.name != "utils.py"
+        assert len(path.read_text().splitlines()) <= 400, f"{path} is more than one room"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_neither_initialises_cuda_nor_needs_a_gpu(package):
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    code = f"import {', '.join(modules)}, torch; assert not torch.cuda.is_initialized()"
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("profiler/sweeps/*.toml"), *ROOT.glob("reparam/recipes/*.toml")], ids=str
+)
+def test_every_shipped_toml_loads(path):
+    model = SweepConfig if "sweeps" in path.parts else Recipe
+    model.model_validate(tomllib.loads(path.read_text()))
+
+
+def test_every_package_is_listed_for_installation():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(listed) == found
+
+
+def test_the_quick_sweep_holds_every_workload_of_the_quick_recipe():
+    pytest.importorskip("reparam.finetune")
+    from reparam.finetune import recipe_workloads
+
+    sweep = SweepConfig.model_validate(
+        tomllib.loads((ROOT / "profiler/sweeps/quick-cpu.toml").read_text())
+    )
+    recipe = Recipe.model_validate(
+        tomllib.loads((ROOT / "reparam/recipes/digits-quick.toml").read_text())
+    )
+    assert set(recipe_workloads(recipe)) <= set(sweep.workloads)
