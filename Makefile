@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 RUN    ?= runs/quick
 BASE   ?= HEAD~1
-PAIRS  ?= 5
+PAIRS  ?= 6
 
 .PHONY: install run test bench prove clean
 

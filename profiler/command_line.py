@@ -20,6 +20,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 EXIT_VERDICT_AGAINST = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 class BadInput(ValueError):
@@ -33,11 +34,12 @@ def run(app: typer.Typer, errors: tuple[type[ValueError], ...] = ()) -> NoReturn
         code = app(standalone_mode=False)
     except expected + errors as error:
         _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+    except typer.Abort:
+        code = EXIT_INTERRUPTED
     except TyperException as error:
         _fail(getattr(error, "format_message", error.__str__)())
+    if code == EXIT_INTERRUPTED:  # typer makes it of a KeyboardInterrupt
+        print("interrupted; run the same command again to go on", file=sys.stderr)
     raise SystemExit(code or 0)
 
 

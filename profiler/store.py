@@ -196,6 +196,7 @@ class Store:
             "info": row.device.model_dump(),
         }
         with self._engine.begin() as connection:
+            _lock(connection)
             known = connection.execute(
                 sa.select(_devices.c.fingerprint).where(
                     _devices.c.fingerprint == device["fingerprint"]
@@ -261,10 +262,15 @@ def _engine(location: str) -> sa.Engine:
 
         @sa.event.listens_for(engine, "connect")
         def _pragmas(connection, _record) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA busy_timeout=30000")
 
     return engine
+
+
+def _lock(connection: sa.Connection) -> None:
+    """Makes the transaction a writer's from its first statement on: what it reads stays true."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _check_version(engine: sa.Engine, location: str) -> None:
@@ -305,18 +311,21 @@ def create_store(location: str | Path) -> Store:
         StoreError: If what is there is no store of ours, or nothing can be written there.
     """
     location = str(location)
-    if "://" not in location and Path(location).is_file() and Path(location).stat().st_size > 0:
-        return open_store(location)
     engine = _engine(location)
     try:
-        if sa.inspect(engine).has_table("meta"):
-            _check_version(engine, location)
-            return Store(engine)
-        _metadata.create_all(engine)
         with engine.begin() as connection:
-            connection.execute(
-                _meta.insert().values(name="schema_version", value=str(SCHEMA_VERSION))
-            )
+            _lock(connection)
+            is_new = not sa.inspect(connection).get_table_names()
+            if is_new:
+                _metadata.create_all(connection)
+                connection.execute(
+                    _meta.insert().values(name="schema_version", value=str(SCHEMA_VERSION))
+                )
+        if is_new and engine.dialect.name == "sqlite":
+            # Stays with the file. Never asked of a file that is not ours: it would rewrite it.
+            with engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     except sa.exc.SQLAlchemyError as error:
         raise StoreError(f"{location}: cannot be written ({error})") from error
+    _check_version(engine, location)
     return Store(engine)

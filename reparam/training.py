@@ -138,8 +138,12 @@ def train(
 
 
 def _optimiser(model: nn.Module, settings: Stage) -> torch.optim.AdamW:
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
-    groups = param_groups_weight_decay(model, settings.weight_decay, exempt)
+    no_weight_decay: Any = getattr(model, "no_weight_decay", set)
+    # An exponent that decays to zero is a weight that grows to one.
+    exempt = {*no_weight_decay(), "*.exponent", "*.sign"}
+    groups = param_groups_weight_decay(
+        model, settings.weight_decay, no_weight_decay_list=exempt
+    )
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 

@@ -10,7 +10,14 @@ from rich.console import Console
 
 from profiler.command_line import BadInput, output_folder
 from profiler.command_line import run as run_command
-from reports import energy_section, kernel_sections, model_sections, provenance, verdict
+from reports import (
+    energy_section,
+    kernel_sections,
+    model_sections,
+    prediction_section,
+    provenance,
+    verdict,
+)
 from reports.html import Page, render
 from reports.run_folder import RunFolder, load_run
 
@@ -28,7 +35,7 @@ def compose(run: RunFolder) -> Page:
         sections=(
             model_sections.accuracy(run),
             kernel_sections.kernels(run),
-            kernel_sections.prediction(run),
+            prediction_section.prediction(run),
             model_sections.routing(run),
             model_sections.training(run),
             model_sections.weights(run),

@@ -111,6 +111,11 @@ class Comparison:
         """Multiply-accumulates of the dense product."""
         return self.rows[0].workload.macs if self.rows[0].workload else 0
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether add kernels stand against multiplications here, or shift kernels."""
+        return self.rows[0].workload is not None and self.rows[0].workload.kind != "linear"
+
     @cached_property
     def ours(self) -> tuple[Measurement, ...]:
         """Our rows with a figure."""
@@ -223,6 +228,22 @@ def count_outcomes(comparisons: Iterable[Comparison]) -> Counter[Outcome]:
     """How many products pay, do not pay, or are undecided; those without a rival are left out."""
     verdicts = [comparison.verdict for comparison in comparisons]
     return Counter(outcome for outcome, ratio, _ in verdicts if ratio is not None)
+
+
+def outcomes_in_words(comparisons: Sequence[Comparison]) -> str:
+    """How often shift and add beat every multiplication, told apart; empty if nothing can."""
+    parts = []
+    for primitive, products, is_attention in (
+        ("shift", "linear", False),
+        ("add", "attention", True),
+    ):
+        counts = count_outcomes(one for one in comparisons if one.is_attention == is_attention)
+        if counts:
+            parts.append(
+                f"{primitive} in {counts['pays']} of {sum(counts.values())} {products} products "
+                f"(loses in {counts['does not pay']}, undecided in {counts['undecided']})"
+            )
+    return ", ".join(parts)
 
 
 def median_own_mult(comparisons: Iterable[Comparison]) -> Ratio | None:

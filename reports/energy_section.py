@@ -24,8 +24,11 @@ def energy(run: RunFolder) -> Section:
     if run.results:
         commands.append(FINETUNE)
         known = [one for one in run.results.variants if one.energy_mj is not None]
-        absent = [one for one in run.results.variants if one.energy_mj is None]
-        lead += [f"{one.title}: no energy ({one.energy_reason})." for one in absent]
+        absent: dict[str, list[str]] = {}
+        for one in run.results.variants:
+            if one.energy_mj is None:
+                absent.setdefault(one.energy_reason or "no reason given", []).append(one.title)
+        lead += [f"No energy for {', '.join(names)}: {why}." for why, names in absent.items()]
         if known:
             pictures.append(_energy_picture(run.results, known))
         tables.append(

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reports.formats import Cell
-from reports.plots import NARROW_PX, WIDE_PX, to_svg
-
-if TYPE_CHECKING:
-    from reports.plots import Figure
+from reports.plots import NARROW_PX, WIDE_PX, Figure, to_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Longer tables would make the page heavy; the rest is in the file that the table is made from.

@@ -1,4 +1,4 @@
-"""Sections on the kernels and on the models of their latency."""
+"""Section on the kernels: where it pays."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-import pandas as pd
-
 from profiler.store import Measurement
-from reports import kernel_plots, plots
+from reports import kernel_plots
 from reports.comparisons import (
     Comparison,
     OwnMult,
     Ratio,
     compare,
-    count_outcomes,
     latency,
+    outcomes_in_words,
     settings,
     speed_ratio,
     speedups,
@@ -29,14 +27,12 @@ from reports.formats import (
     milliseconds_cell,
     missing,
     number_cell,
-    percent,
-    percent_cell,
     significant,
     times_cell,
 )
 from reports.html import Picture, Section, Table
-from reports.run_folder import FINETUNE, FIT, SWEEP, RunFolder
-from reports.verdict import held_out_mape, short_label
+from reports.run_folder import SWEEP, RunFolder
+from reports.verdict import short_label
 
 # The dot plot names its products; with more of them it would be a list, not a picture.
 MAX_PRODUCTS_DRAWN = 24
@@ -54,14 +50,11 @@ def kernels(run: RunFolder) -> Section:
     tables: list[Table] = []
     for index, group in enumerate(groups):
         setting = f"{short_label(group[0].device)}, {group[0].cache} cache"
-        counts = count_outcomes(group)
-        if not counts:
+        counted = outcomes_in_words(group)
+        if not counted:
             lead.append(f"{setting}: nothing to set {_products(len(group))} against.")
             continue
-        lead.append(
-            f"{setting}: shift or add pays in {counts['pays']} products, does not pay in "
-            f"{counts['does not pay']}, is undecided in {counts['undecided']}."
-        )
+        lead.append(f"{setting}, faster than every multiplication measured: {counted}.")
         pictures += _pictures(group, setting, index)
         tables += [
             _product_table(group, setting, is_open=index == 0 and len(group) <= 20),
@@ -132,7 +125,7 @@ def _named(row: Measurement | None, reason: str | None) -> Cell:
     form = row.workload.form if row.workload else ""
     name = row.lowering if row.is_baseline else f"{row.lowering} ({form})"
     figure = milliseconds_cell(latency(row))
-    return Cell(name, None, figure.text, figure.interval)
+    return Cell(name, None, f"{figure.text} {figure.interval}")
 
 
 def _weights(own: OwnMult | None, comparison: Comparison) -> str:
@@ -156,8 +149,8 @@ def _own_cell(comparison: Comparison) -> Cell:
 def _outcome_cell(outcome: str, ratio: Ratio | None, why: str) -> Cell:
     if ratio is None:
         return Cell(outcome, None, why)
-    reason = f"{significant(ratio.value)}× the best mult" + (f"; {why}" if why else "")
-    return Cell(outcome, None, reason, ends(ratio))
+    reason = f"{significant(ratio.value)}× the best mult {ends(ratio)}"
+    return Cell(outcome, None, reason + (f"; {why}" if why else ""))
 
 
 def _product_table(group: Sequence[Comparison], setting: str, is_open: bool) -> Table:
@@ -269,139 +262,3 @@ def _measurement_table(rows: Sequence[Measurement], caption: str) -> Table:
         for row in rows
     )
     return Table(caption, columns, cells, note="All rows with all columns: measurements.sqlite.")
-
-
-def prediction(run: RunFolder) -> Section:
-    """How sure: predicted against measured latency, for kernels and end to end."""
-    title = "How sure: predicted against measured"
-    end_to_end = _end_to_end(run)
-    pictures, tables = list(end_to_end[0]), list(end_to_end[1])
-    commands = (FIT, FINETUNE) if tables else (FIT,)
-    if run.fit is None:
-        absence = run.absence("fit.json")
-        return Section(
-            "prediction",
-            title,
-            pictures=tuple(pictures),
-            tables=tuple(tables),
-            commands=commands[1:],
-            missing=absence,
-        )
-    points = pd.DataFrame(
-        [point.model_dump() for fit in run.fit.fits for point in fit.points],
-        columns=["label", "split", "measured_ms", "predicted_ms", "low_ms", "high_ms"],
-    )
-    error = held_out_mape(run)
-    held_out = int((points.split == "test").sum())
-    lead = (
-        f"On {held_out} held-out rows the latency model is off by {percent(error)} (MAPE); within "
-        f"±10 %: {percent(held_out_mape(run, 'within_10_percent'))}; inside their 90 % interval: "
-        f"{percent(held_out_mape(run, 'interval_coverage'))}. A fitted roofline is off by "
-        f"{percent(held_out_mape(run, 'mape_roofline'))}, the nearest measured neighbour by "
-        f"{percent(held_out_mape(run, 'mape_nearest'))}.",
-    )
-    if not points.empty:
-        pictures.insert(
-            0,
-            Picture(
-                "predicted",
-                partial(kernel_plots.predicted_measured, points),
-                f"Predicted against measured latency of {len(points)} rows, {held_out} of them "
-                f"held out; mean absolute error of those {percent(error)}.",
-                "Each mark is one kernel at one size, log scales; bars are 90 % prediction "
-                "intervals. The model that is drawn here has not seen the held-out rows.",
-            ),
-        )
-    tables.insert(0, _error_table(run))
-    if run.fit.skipped:
-        tables.append(
-            Table("Not modelled", ("form and lowering", "reason"), tuple(run.fit.skipped.items()))
-        )
-    return Section("prediction", title, lead, tuple(pictures), tuple(tables), commands)
-
-
-def _error_table(run: RunFolder) -> Table:
-    reason = "no held-out row"
-    return Table(
-        "Held-out errors by form and lowering, beside roofline and nearest neighbour",
-        (
-            "form",
-            "lowering",
-            "rows train",
-            "rows test",
-            "MAPE",
-            "within ±10 %",
-            "in 90 % interval",
-            "MAPE roofline",
-            "MAPE nearest",
-        ),
-        tuple(
-            (
-                fit.form,
-                fit.lowering,
-                count_cell(fit.rows_train),
-                count_cell(fit.rows_test),
-                percent_cell(fit.mape, reason),
-                percent_cell(fit.within_10_percent, reason),
-                percent_cell(fit.interval_coverage, reason),
-                percent_cell(fit.mape_roofline, reason),
-                percent_cell(fit.mape_nearest, reason),
-            )
-            for fit in (run.fit.fits if run.fit else ())
-        ),
-    )
-
-
-def _end_to_end(run: RunFolder) -> tuple[list[Picture], list[Table]]:
-    if run.results is None:
-        return [], []
-    variants = run.results.variants
-    rows: list[tuple[str | Cell, ...]] = []
-    for one in variants:
-        measured, predicted = one.latency_ms, one.predicted_latency_ms
-        error = 100 * (predicted / measured.value - 1) if predicted and measured else None
-        rows.append(
-            (
-                one.title,
-                milliseconds_cell(measured) if measured else missing(one.latency_reason),
-                Cell(
-                    f"{significant(predicted)} ms",
-                    predicted,
-                    None,
-                    ends(one.predicted_interval) if one.predicted_interval else "no interval",
-                )
-                if predicted
-                else missing(one.predicted_reason),
-                percent_cell(error, "needs both"),
-            )
-        )
-    table = Table(
-        f"End to end at batch {run.results.deploy_batch}: measured and predicted",
-        ("variant", "measured", "predicted, sum of the layers", "error"),
-        tuple(rows),
-    )
-    frame = pd.DataFrame(
-        [
-            {
-                "title": one.title,
-                "measured": one.latency_ms.value if one.latency_ms else None,
-                "measured_low": one.latency_ms.low if one.latency_ms else None,
-                "measured_high": one.latency_ms.high if one.latency_ms else None,
-                "predicted": one.predicted_latency_ms,
-                "predicted_low": one.predicted_interval.low if one.predicted_interval else None,
-                "predicted_high": one.predicted_interval.high if one.predicted_interval else None,
-            }
-            for one in variants
-        ]
-    ).astype({"predicted": float, "measured": float} if variants else {})
-    if not variants or frame[["measured", "predicted"]].isna().all(axis=None):
-        return [], [table] if rows else []
-    picture = Picture(
-        "end-to-end",
-        partial(plots.end_to_end, frame),
-        "Measured and predicted end-to-end latency of each variant; figures in the table.",
-        "Filled: measured end to end. Hollow: predicted, the sum over the layers from the latency "
-        "table. What lies between them is what the table does not know of: everything around the "
-        "layers.",
-    )
-    return [picture], [table]

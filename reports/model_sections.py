@@ -214,7 +214,7 @@ def training(run: RunFolder) -> Section:
     picture = Picture(
         "training",
         partial(plots.training, frame),
-        "Validation top-1 and training loss by epoch; figures in the table.",
+        "Validation top-1, training loss and latency loss by epoch; figures in the table.",
         "Epochs are counted from each variant's own start.",
     )
     table = Table(
@@ -332,7 +332,7 @@ def agreement(run: RunFolder) -> Section:
     ]
     tables += [
         Table(
-            f"{one.title}: {len(one.converted)} layers converted, {len(one.skipped)} skipped",
+            f"{one.title}: layers converted {len(one.converted)}, skipped {len(one.skipped)}",
             ("layer", "what happened", "to what, or why not"),
             (
                 *((name, "converted", form) for name, form in one.converted.items()),

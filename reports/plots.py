@@ -281,23 +281,28 @@ def routing(data: pd.DataFrame, width_px: int) -> Figure:
 
 @styled
 def training(data: pd.DataFrame, width_px: int) -> Figure:
-    """Validation accuracy and training loss by epoch.
+    """Validation accuracy, training loss and, where one was used, latency loss by epoch.
 
     Args:
         data: name, title, step (epochs since the variant's first), stage, validation_top1,
-            train_loss.
+            train_loss, latency_loss.
         width_px: Width to draw for.
     """
     narrow = is_narrow(width_px)
-    figure, grid = axes_grid(width_px, 480 if narrow else 270, *((2, 1) if narrow else (1, 2)))
-    for axes, column, label in zip(
-        grid.flat, ("validation_top1", "train_loss"), ("validation top-1, %", "training loss")
-    ):
+    panels = {
+        "validation_top1": "validation top-1, %",
+        "train_loss": "training loss",
+        "latency_loss": "latency loss",
+    }
+    drawn = [column for column in panels if data[column].notna().any()]
+    rows, columns = (len(drawn), 1) if narrow else (1, len(drawn))
+    figure, grid = axes_grid(width_px, 60 + rows * 210, rows, columns)
+    for axes, column in zip(grid.flat, drawn):
         for name, part in data.groupby("name", sort=False):
             colour, marker = VARIANT_MARKS.get(str(name), OTHER_MARK)
             axes.plot(
                 part.step,
-                part[column],
+                part[column].astype(float),
                 color=colour,
                 marker=marker,
                 markersize=4.5,
@@ -306,7 +311,7 @@ def training(data: pd.DataFrame, width_px: int) -> Figure:
             )
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
+        axes.set_ylabel(panels[column])
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=1 if narrow else 3)
     return figure

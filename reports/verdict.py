@@ -13,6 +13,7 @@ from reports.comparisons import (
     compare,
     count_outcomes,
     median_own_mult,
+    outcomes_in_words,
     settings,
     speed_ratio,
 )
@@ -22,7 +23,11 @@ from reports.run_folder import RunFolder
 
 def short_label(device: DeviceInfo) -> str:
     """The device's name and threads; its vector extensions stand in the table of the machine."""
-    return f"{device.name}, {device.threads} threads" if device.kind == "cpu" else device.name
+    return (
+        f"{device.name}, {device.threads} thread{'s' * (device.threads != 1)}"
+        if device.kind == "cpu"
+        else device.name
+    )
 
 
 def original_of(results: FinetuneResults) -> VariantResult | None:
@@ -84,7 +89,7 @@ def _model_sentence(results: FinetuneResults, variant: VariantResult, status: st
     if accuracy is None:
         return f"{sentence}; its deployed top-1 was not measured."
     changed = f", {_points(variant)}" if variant.difference else ""
-    return f"{sentence}, at {accuracy.value:.2f} % top-1{changed}."
+    return f"{sentence}, at {accuracy.value:.2f}\u00a0% top-1{changed}."
 
 
 def _points(variant: VariantResult) -> str:
@@ -95,15 +100,12 @@ def _points(variant: VariantResult) -> str:
 
 
 def _kernel_sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    counts = count_outcomes(comparisons)
-    total = sum(counts.values())
-    if not total:
+    counted = outcomes_in_words(comparisons)
+    if not counted:
         return ()
     sentences = (
-        f"Kernel by kernel, our best shift or add kernel beats every multiplication measured, the "
-        f"baselines' and our own, in {counts['pays']} of {total} products, loses in "
-        f"{counts['does not pay']}, and {counts['undecided']} "
-        f"{'is' if counts['undecided'] == 1 else 'are'} undecided.",
+        "Kernel by kernel, ours without multiplications beat every multiplication measured, the "
+        f"baselines' and our own: {counted}.",
     )
     own = median_own_mult(comparisons)
     if own is None:
@@ -148,18 +150,17 @@ def decide(run: RunFolder) -> Verdict:
     total = sum(counts.values())
     if not total or not run.device:
         return Verdict("undecided", "Not decided here: nothing to compare was measured.", kernels)
-    decided = total - counts["undecided"]
-    if not decided:
+    if counts["undecided"] == total:
         status, opening = "undecided", "Not decided here"
-    elif counts["pays"] == decided:
+    elif counts["pays"] == total:
         status, opening = "pays", "Kernel by kernel it pays here"
     elif not counts["pays"]:
         status, opening = "does not pay", "It does not pay here"
     else:
         status, opening = "mixed", "It depends on the product here"
     headline = (
-        f"{opening}: on {short_label(run.device)}, shift or add beats every multiplication in "
-        f"{counts['pays']} of {total} products and lose in {counts['does not pay']}."
+        f"{opening}: on {short_label(run.device)}, ours beat every multiplication measured: "
+        f"{outcomes_in_words(comparisons)}."
     )
     return Verdict(status, headline, (*kernels[1:], "No model was fine-tuned in this run."))  # type: ignore[arg-type]
 

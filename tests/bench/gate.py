@@ -87,7 +87,9 @@ def parse_run(content: Mapping[str, Any], side: str) -> Run:
                 f"{side}: extra_info names {len(found - {None})} {name}s instead of one"
             )
         about[name] = found.pop()
-    medians_ms = {each["name"]: each["stats"]["median"] * 1e3 for each in benchmarks}
+    medians_ms = {
+        each.get("param") or each["name"]: each["stats"]["median"] * 1e3 for each in benchmarks
+    }
     return Run(**about, medians_ms=medians_ms)
 
 
@@ -210,7 +212,7 @@ def table(judged: Sequence[CaseRatio]) -> Table:
         shown.add_column(heading, justify="left" if heading in ("case", "verdict") else "right")
     for each in judged:
         shown.add_row(
-            each.case.replace("[", r"\["),
+            each.case,
             f"{each.base_ms:.4g}",
             f"{each.head_ms:.4g}",
             f"{each.ratio:.3f}",

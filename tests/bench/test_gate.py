@@ -79,7 +79,9 @@ def test_what_cannot_be_compared_fails(bases, heads, message):
 
 
 def test_a_report_is_read_in_ms():
-    assert parse_run(report(0.001, 0.5), "head") == Run("d1", "/src", {"case0": 1.0, "case1": 500})
+    content = report(0.001, 0.5)
+    content["benchmarks"][1]["param"] = "mult"
+    assert parse_run(content, "head") == Run("d1", "/src", {"case0": 1.0, "mult": 500.0})
 
 
 @pytest.mark.parametrize("content", [{}, {"benchmarks": []}, {"benchmarks": None}])

@@ -313,6 +313,16 @@ def results(latencies: dict[str, float | None] | None = None) -> FinetuneResults
     )
 
 
+def write_store(folder: Path, rows: list[Measurement]) -> Path:
+    """Writes a run folder that holds measurements and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = create_store(folder / "measurements.sqlite")
+    for row in rows:
+        store.put(row)
+    store.close()
+    return folder
+
+
 def write_run(
     folder: Path,
     rows: list[Measurement] | None = None,
@@ -320,12 +330,8 @@ def write_run(
     found: FinetuneResults | None = None,
 ) -> Path:
     """Writes a whole run folder; what is not given is made up."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = measurements() if rows is None else rows
-    store = create_store(folder / "measurements.sqlite")
-    for row in rows:
-        store.put(row)
-    store.close()
+    write_store(folder, rows)
     table = latency_table(rows)
     table.save(folder / "latency_table.json")
     (fit or fit_result()).save(folder / "fit.json")

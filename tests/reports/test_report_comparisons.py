@@ -1,0 +1,166 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_run import DEVICE, primitive_row
+
+from kernels.workload import linear
+from profiler.store import Measurement
+from reports.comparisons import (
+    Comparison,
+    Latency,
+    compare,
+    count_outcomes,
+    latency,
+    median_own_mult,
+    speed_ratio,
+    speedups,
+)
+from reports.layout import log_ticks, spread
+
+SHAPE = (196, 128, 512)
+positive = st.floats(1e-4, 1e3)
+
+
+def product(*rows: tuple[str, str, float | None, bool]) -> Comparison:
+    measured = [
+        primitive_row(linear(form, *SHAPE), lowering, latency_ms, is_baseline)
+        for lowering, form, latency_ms, is_baseline in rows
+    ]
+    (comparison,) = compare(measured)
+    return comparison
+
+
+@given(positive, positive, st.floats(0, 0.5), st.floats(0, 0.5))
+def test_ratio_interval_holds_every_ratio_of_its_ends(baseline, ours, wide, narrow):
+    b = Latency(baseline, baseline * (1 - wide), baseline * (1 + wide))
+    o = Latency(ours, ours * (1 - narrow), ours * (1 + narrow))
+    ratio = speed_ratio(b, o)
+    assert ratio.low <= ratio.value <= ratio.high
+    for x in (b.low, b.value, b.high):
+        for y in (o.low, o.value, o.high):
+            assert ratio.low <= x / y * (1 + 1e-9) and x / y <= ratio.high * (1 + 1e-9)
+
+
+def test_ratio_without_an_interval_is_undecided():
+    assert speed_ratio(Latency(9, None, None), Latency(1, None, None)).outcome == "undecided"
+
+
+def test_baselines_of_other_forms_belong_to_the_same_product():
+    one = product(
+        ("torch.fp32", "mult_fp32", 4.0, True),
+        ("torch.int8", "mult_int8", 2.0, True),
+        ("shift.dot", "shift_int8", 1.0, False),
+    )
+    assert one.fastest_baseline.lowering == "torch.int8"
+    assert one.winner.lowering == "shift.dot"
+    outcome, ratio, _ = one.verdict
+    assert outcome == "pays" and ratio.value == 2.0
+
+
+def test_nothing_is_fastest_where_a_baseline_failed():
+    one = product(
+        ("torch.fp32", "mult_fp32", 4.0, True),
+        ("torch.int8", "mult_int8", None, True),
+        ("shift.dot", "shift_int8", 1.0, False),
+    )
+    assert one.fastest_baseline is None and one.winner is None
+    assert "torch.int8 failed" in one.no_fastest
+    assert one.verdict[0] == "undecided" and "torch.int8 failed" in one.verdict[2]
+    assert set(speedups([one]).outcome) == {"undecided"}
+
+
+def test_a_loss_stays_a_loss_where_a_baseline_failed():
+    one = product(
+        ("torch.fp32", "mult_fp32", 1.0, True),
+        ("torch.int8", "mult_int8", None, True),
+        ("shift.dot", "shift_int8", 4.0, False),
+    )
+    assert one.verdict[0] == "does not pay"
+
+
+def test_shift_does_not_pay_where_our_own_mult_is_faster():
+    one = product(
+        ("torch.fp32", "mult_fp32", 4.0, True),
+        ("mult.dot", "mult_int8", 1.0, False),
+        ("shift.dot", "shift_int8", 2.0, False),
+    )
+    assert one.verdict[0] == "does not pay"
+    assert count_outcomes([one]) == {"does not pay": 1}
+
+
+def test_figures_of_different_runs_make_no_claim():
+    workloads = [linear(form, *SHAPE) for form in ("mult_fp32", "shift_int8")]
+    rows = [
+        primitive_row(workloads[0], "torch.fp32", 4.0, True, run="monday"),
+        primitive_row(workloads[1], "shift.dot", 1.0, run="tuesday"),
+    ]
+    assert compare(rows)[0].verdict[0] == "undecided"
+
+
+def test_own_mult_prefers_the_same_schedule():
+    one = product(
+        ("mult.tiled", "mult_int8", 1.0, False),
+        ("mult.dot", "mult_int8", 3.0, False),
+        ("shift.dot", "shift_int8", 2.0, False),
+    )
+    own = one.own_mult()
+    assert own.same_schedule and own.mult.lowering == "mult.dot" and own.ratio.value == 1.5
+    other = product(
+        ("mult.tiled", "mult_int8", 1.0, False), ("shift.dot", "shift_int8", 2.0, False)
+    )
+    assert not other.own_mult().same_schedule and other.own_mult().ratio.value == 0.5
+    whole = median_own_mult([one, other])
+    assert (whole.low, whole.value, whole.high) == (0.5, 1.0, 1.5)
+
+
+def test_devices_and_cache_states_are_never_mixed():
+    workload = linear("mult_fp32", *SHAPE)
+    other = DEVICE.model_copy(update={"threads": 1})
+    rows = [
+        primitive_row(workload, "mult.tiled", 1.0),
+        primitive_row(workload, "mult.tiled", 1.0, cache="cold"),
+        primitive_row(workload, "mult.tiled", 1.0, device=other),
+        Measurement(
+            kind="model",
+            subject="net",
+            device=DEVICE,
+            lowering="deployed",
+            latency_ms=1.0,
+            energy_reason="none",
+        ),
+    ]
+    assert len(compare(rows)) == 3
+
+
+def test_speedups_takes_the_best_lowering_of_each_form():
+    one = product(
+        ("torch.fp32", "mult_fp32", 4.0, True),
+        ("shift.dot", "shift_int8", 2.0, False),
+        ("shift.tiled", "shift_int8", 1.0, False),
+    )
+    frame = speedups([one])
+    assert list(frame.lowering) == ["shift.tiled"] and list(frame.ratio) == [4.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_labels_keep_their_order_and_distance(values):
+    placed = spread(values, 0.1)
+    assert max(placed) <= 1
+    ordered = sorted(placed)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(ordered))
+    for (v, p), (w, q) in pairwise(zip(values, placed)):
+        assert v == w or (v < w) == (p < q)
+
+
+@given(st.lists(positive, min_size=1, max_size=20), st.integers(3, 8))
+def test_ticks_are_few_and_inside(values, most):
+    (low, high), ticks = log_ticks(values, most)
+    assert 1 <= len(ticks) <= most
+    assert all(low <= tick <= high for tick in ticks) and low < min(values) <= max(values) < high
+
+
+def test_a_row_without_a_figure_has_no_latency_to_compare():
+    with pytest.raises(ValueError, match="no such instruction"):
+        latency(primitive_row(linear("mult_fp32", *SHAPE), "torch.fp32", None))

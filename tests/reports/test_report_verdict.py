@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+from synthetic_run import fit_result, interval, measurements, results
+
+from reports.run_folder import RunFolder
+from reports.verdict import decide, held_out_mape, key_figures, shift_share
+
+
+def run_of(rows=None, fit=None, found=None) -> RunFolder:
+    return RunFolder(path=Path("run"), rows=rows, fit=fit, results=found, table=None)
+
+
+def with_difference(found, value, half):
+    last = found.variants[-1].model_copy(update={"difference": interval(value, half)})
+    return found.model_copy(update={"variants": [*found.variants[:-1], last]})
+
+
+def test_slower_does_not_pay():
+    verdict = decide(run_of(measurements(), fit_result(), results()))
+    assert verdict.status == "does not pay"
+    assert verdict.headline.startswith("It does not pay here: on Synthetic CPU, 2 threads")
+    for figure in ("5.20 ms", "3.10 ms", "0.596×", "batch of 8", "96.32", "−0.79 points"):
+        assert figure in verdict.headline
+    assert any("612 kB against 1.20 MB (−49 %)" in text for text in verdict.details)
+
+
+def test_faster_at_equal_accuracy_pays():
+    verdict = decide(run_of(found=results({"moe": 1.5})))
+    assert verdict.status == "pays" and verdict.headline.startswith("It pays here")
+    assert "2.07×" in verdict.headline
+
+
+def test_faster_but_less_accurate_is_mixed():
+    found = with_difference(results({"moe": 1.5}), -2.0, 0.5)
+    verdict = decide(run_of(found=found))
+    assert verdict.status == "mixed" and "costs accuracy" in verdict.headline
+
+
+def test_a_difference_within_the_noise_is_not_called_a_gain():
+    verdict = decide(run_of(found=results({"moe": 3.08})))
+    assert verdict.status == "undecided" and "uncertainty" in verdict.headline
+
+
+def test_another_variant_that_pays_makes_it_mixed():
+    found = results({"moe_no_loss": 1.0})
+    verdict = decide(run_of(found=found))
+    assert verdict.status == "mixed" and verdict.headline.startswith("Mixed: on Synthetic CPU")
+    assert "MoE without the latency loss" in verdict.details[0]
+
+
+@pytest.mark.parametrize("name", ["moe", "original"])
+def test_an_unmeasured_latency_decides_nothing(name):
+    verdict = decide(run_of(found=results({name: None})))
+    assert verdict.status == "undecided" and "contended: 2 clean samples" in verdict.headline
+
+
+def test_kernels_alone_give_a_verdict_on_kernels():
+    rows = [
+        row
+        for row in measurements()
+        if row.workload and row.workload.kind == "linear" and "int8" not in row.lowering
+    ]
+    shifts_lose = [row for row in rows if row.lowering != "shift.dot"]
+    verdict = decide(run_of(shifts_lose))
+    assert verdict.status == "does not pay"
+    assert "shift in 0 of 5 linear products (loses in 5" in verdict.headline
+    assert "attention" not in verdict.headline
+    assert "No model was fine-tuned" in verdict.details[-1]
+
+
+def test_nothing_measured_is_undecided():
+    assert decide(run_of(fit=fit_result())).status == "undecided"
+
+
+def test_key_figures_are_those_of_the_data():
+    cards = key_figures(run_of(measurements(), fit_result(), results()))
+    assert [card.figure for card in cards][:4] == ["96.32 %", "5.20 ms", "612 kB", "52.0 %"]
+    assert cards[5].figure == "4.2 %" and "23.5 %" in cards[5].detail
+
+
+def test_missing_key_figures_are_dashes_with_a_reason():
+    for card in key_figures(run_of()):
+        assert card.figure == "—" and card.detail
+
+
+def test_share_and_error_weigh_what_they_say():
+    moe = results().variants[-1]
+    assert shift_share(moe) == pytest.approx(100 * (0.53 + 0.47 + 0.55 + 0.5 + 0.58 + 0.49) / 6)
+    assert shift_share(results().variants[0]) is None
+    fit = fit_result()
+    second = fit.fits[1].model_copy(update={"mape": 10.25, "rows_test": 30})
+    both = fit.model_copy(update={"fits": [fit.fits[0], second]})
+    assert held_out_mape(run_of(fit=both)) == pytest.approx((4.25 * 10 + 10.25 * 30) / 40)
+
+
+def test_kernels_pay_as_a_whole_only_where_every_product_does():
+    attention = [
+        row
+        for row in measurements()
+        if row.workload and row.workload.kind != "linear" and row.cache == "hot"
+    ]
+    assert decide(run_of(attention)).status == "pays"
+    rows = [row for row in measurements() if row.workload]
+    verdict = decide(run_of(rows))
+    assert verdict.status == "mixed" and "add in 4 of 4 attention products" in verdict.headline
