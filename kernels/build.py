@@ -108,7 +108,10 @@ def lowerings(workload: Workload, target: str = "llvm") -> list[str]:
 def compiled(lowering: str, family: Workload, target: KernelTarget) -> tvm.runtime.Executable:
     """The program of a family, for any target: also one that this machine cannot run."""
     function = LOWERINGS[lowering].define(family, target)
-    return tvm.compile(tvm.IRModule({"main": function}), target=target.tvm)
+    # It would forget which arrays belong on the stack (kernels.lowerings.emit.local).
+    keep = {"tirx.disable_storage_rewrite": target.name == "llvm"}
+    with tvm.transform.PassContext(config=keep):
+        return tvm.compile(tvm.IRModule({"main": function}), target=target.tvm)
 
 
 def _arguments(operands: Operands) -> tuple[Tensor, ...]:

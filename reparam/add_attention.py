@@ -22,7 +22,9 @@ class AddProducts(nn.Module):
     """The two products of linear attention, ``q·(kᵀ·v)`` with binary q and k.
 
     The one part of ``AddAttention`` that deployment replaces by kernels. Kernels see only the
-    sign, so the normalisation, which shapes the gradient, happens here and costs them nothing.
+    sign, so the L2 normalisation, which shapes the gradient, happens here and costs them nothing.
+    It is to length √bits: a feature is then about as large as the code that it becomes, and the
+    straight-through estimator has the right slope and clips what is beyond.
 
     Args:
         alphabet: ``pm1`` or ``01``.
@@ -44,8 +46,9 @@ class AddProducts(nn.Module):
         Returns:
             ``(b * heads, tokens, head_dim)``.
         """
-        q_codes = binarise(F.normalize(q, dim=-1), self.alphabet)
-        k_codes = binarise(F.normalize(k, dim=-1), self.alphabet)
+        length = math.sqrt(q.shape[-1])
+        q_codes = binarise(F.normalize(q, dim=-1) * length, self.alphabet)
+        k_codes = binarise(F.normalize(k, dim=-1) * length, self.alphabet)
         return q_codes @ (k_codes.transpose(1, 2) @ v)
 
     def extra_repr(self) -> str:

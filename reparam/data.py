@@ -92,7 +92,9 @@ def random_affine(
     cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
     # affine_grid spans [-1, 1], so a share of the side counts double.
     rows = [cos, -sin, uniform() * 2 * shift, sin, cos, uniform() * 2 * shift]
-    grid = F.affine_grid(torch.stack(rows, dim=1).view(b, 2, 3), list(images.shape), align_corners=False)
+    grid = F.affine_grid(
+        torch.stack(rows, dim=1).view(b, 2, 3), list(images.shape), align_corners=False
+    )
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

@@ -11,6 +11,7 @@ import copy
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,16 +22,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable, TableError
+from kernels.workload import Workload
 from profiler.command_line import BadInput, output_folder
 from profiler.command_line import run as run_command
 from profiler.device import cpu_info
 from reparam.checkpoints import save_weights
 from reparam.convert import ConversionError, reparameterize_
 from reparam.data import Data, digits, image_folder
-from reparam.expert_latency import set_expert_latencies_
+from reparam.expert_latency import layer_workloads, set_expert_latencies_
+from reparam.moe import moe_layers
 from reparam.outcome import Candidate, evaluate_candidates, rows_of, write_rows
 from reparam.recipe import Recipe, Stage, Variant, create_model, load_recipe
 from reparam.results import Epoch, FinetuneResults, Interval
@@ -74,6 +78,8 @@ def finetune(
     table = LatencyTable.load(latency_table)
     deploy_device = cpu_info(settings.threads)
     train_device = _train_device(device)
+    # As many as the deployed model gets: sums, and so weights, depend on the number of threads.
+    torch.set_num_threads(settings.threads)
     original, task = open_task(settings, data, seed)
     example = next(iter(task.batches("test", settings.deploy_batch, False)))[0]
     check_conversions(settings, original, table, example)
@@ -145,12 +151,44 @@ def check_conversions(
         ConversionError: If a rule of the recipe matches nothing.
         TableError: If the table cannot answer for an expert.
     """
+    for model in _converted_copies(recipe, original):
+        set_expert_latencies_(model, table.lookup, example)
+
+
+def recipe_workloads(recipe: Recipe) -> list[Workload]:
+    """The workloads of a recipe's variants at its ``deploy_batch``, for a sweep to measure.
+
+    Each expert of an MoE is there at all tokens of its layer: what the router's loss asks for.
+
+    Raises:
+        ConversionError: If a rule of the recipe matches nothing.
+    """
+    settings = recipe.model.model_copy(update={"pretrained": False})
+    original = create_model(settings)
+    sizes = {name: settings.kwargs.get(name) for name in ("img_size", "in_chans")}
+    shape = resolve_data_config(sizes, model=original)["input_size"]
+    example = torch.zeros(recipe.deploy_batch, *shape)
+    found: dict[Workload, None] = {}
+    for model in _converted_copies(recipe, original):
+        layer_workloads(model, example)  # runs the routers once: each layer's number of tokens
+        all_tokens = {
+            fqn: dict.fromkeys(layer.experts, len(layer.routing.choice))
+            for fqn, layer in moe_layers(model)
+            if layer.routing is not None
+        }
+        for workloads in layer_workloads(model, example, all_tokens).values():
+            found |= dict.fromkeys(workloads)
+    return list(found)
+
+
+def _converted_copies(recipe: Recipe, original: nn.Module) -> Iterator[nn.Module]:
+    """The original, converted for each variant and not trained."""
     attention = copy.deepcopy(original)
     reparameterize_(attention, recipe.attention_config, recipe.allows(attention))
     for variant in recipe.variants:
         model = copy.deepcopy(attention)
         reparameterize_(model, recipe.linears_config(variant), recipe.allows(model))
-        set_expert_latencies_(model, table.lookup, example)
+        yield model
 
 
 def train_all(run: Run, original: nn.Module) -> list[Candidate]:

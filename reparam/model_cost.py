@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable, TableError
 from profiler.device import DeviceInfo
-from profiler.energy import EnergyReading, EnergySettings, find_meter, measure_energy
-from profiler.nvml import Unavailable
+from profiler.energy import (
+    EnergyReading,
+    EnergySettings,
+    Unavailable,
+    find_meter,
+    measure_energy,
+)
 from profiler.timing import PRESETS, Timing, TimingSettings, measure_interleaved
 from reparam.expert_latency import layer_workloads
 from reparam.moe import moe_layers

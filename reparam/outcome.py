@@ -1,4 +1,4 @@
-"""What became of a run's models: each evaluated, deployed, measured and set against the original."""
+"""What became of a run's models: each evaluated, deployed, measured, and set against the first."""
 
 from __future__ import annotations
 

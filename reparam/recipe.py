@@ -84,7 +84,7 @@ class Recipe(_Strict):
     Attributes:
         data: ``digits``, or ``folder`` for the one named by ``--data``.
         deploy_batch: Batch of the deployed model, for which the router's latencies hold.
-        threads: CPU threads of the deployed model.
+        threads: CPU threads of the deployed model, and of training where that is on the CPU.
         pretrain: Training of the original; None with pre-trained weights.
         stage1, stage2: After the attention, and after linears and MLPs were replaced.
         alphabet: Binary alphabet of queries and keys.

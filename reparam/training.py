@@ -141,9 +141,7 @@ def _optimiser(model: nn.Module, settings: Stage) -> torch.optim.AdamW:
     no_weight_decay: Any = getattr(model, "no_weight_decay", set)
     # An exponent that decays to zero is a weight that grows to one.
     exempt = {*no_weight_decay(), "*.exponent", "*.sign"}
-    groups = param_groups_weight_decay(
-        model, settings.weight_decay, no_weight_decay_list=exempt
-    )
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=exempt)
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import argument, at, fill, program, spans
+from kernels.lowerings.emit import argument, at, fill, local, program, spans
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
@@ -60,7 +60,7 @@ def _nibbles(target: KernelTarget, source: Any, index: list[Any], bits: int) -> 
     found = []
     for offset in range(0, bits, 8):
         count = min(8, bits - offset)
-        byte = T.alloc_buffer((1,), "int32", scope="local")
+        byte = local(1, "int32")
         T.buffer_store(byte, _signs(target, source, index, offset, count), [0])
         for start in range(0, count, NIBBLE):
             found.append(tirx.bitwise_and(tirx.shift_right(byte[0], _i32(start)), SUBSETS - 1))
@@ -94,7 +94,7 @@ def buckets(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
         v = argument("v", (b, tokens, n), "float32")
         out = argument("out", (b, bits, n), "float32")
         with T.parallel(0, b) as batch:
-            held = T.alloc_buffer((groups * SUBSETS, n), "float32", scope="local")
+            held = local((groups * SUBSETS, n))
             with T.serial(0, groups * SUBSETS) as row:
                 for offset, lanes in columns:
                     T.buffer_store(held, fill(T.float32(0), lanes), [row, at(offset, lanes)])
@@ -110,7 +110,7 @@ def buckets(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
                 for place in range(count):
                     for offset, lanes in columns:
                         where = at(offset, lanes)
-                        total = T.alloc_buffer((lanes,), "float32", scope="local")
+                        total = local(lanes)
                         T.buffer_store(total, fill(T.float32(0), lanes), [at(0, lanes)])
                         for subset in range(1 << count):
                             row = held[group * SUBSETS + subset, where]
@@ -143,7 +143,7 @@ def tables(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
         kv = argument("kv", (b, bits, n), "float32")
         out = argument("out", (b, tokens, n), "float32")
         with T.parallel(0, b) as batch:
-            table = T.alloc_buffer((groups * SUBSETS, n), "float32", scope="local")
+            table = local((groups * SUBSETS, n))
 
             def tabulate(group: Any, count: int) -> None:
                 rows = [group * NIBBLE + place for place in range(count)]
@@ -167,7 +167,7 @@ def tables(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
                 nibbles = _nibbles(target, q, [batch, t], bits)
                 for offset, lanes in columns:
                     where = at(offset, lanes)
-                    total = T.alloc_buffer((lanes,), "float32", scope="local")
+                    total = local(lanes)
                     T.buffer_store(total, table[nibbles[0], where], [at(0, lanes)])
                     for g, nibble in enumerate(nibbles[1:], start=1):
                         value = total[at(0, lanes)] + table[g * SUBSETS + nibble, where]

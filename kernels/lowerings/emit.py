@@ -28,6 +28,15 @@ def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
     return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
 
+def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
+    """A thread's own array: in registers where it is only met in whole vectors, else on the stack.
+
+    Without the annotation TVM takes it from a heap of workspaces, at each pass of a loop.
+    """
+    annotations = {"disable_lower_builtin": True}
+    return T.alloc_buffer(shape, dtype, scope="local", annotations=annotations)
+
+
 def at(offset: Any, lanes: int) -> Any:
     """Index of ``lanes`` neighbouring elements."""
     return offset if lanes == 1 else tirx.Ramp(offset, 1, lanes)

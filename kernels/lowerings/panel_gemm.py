@@ -12,7 +12,17 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, argument, at, fill, program, spans, tiles
+from kernels.lowerings.emit import (
+    LANES,
+    argument,
+    at,
+    fill,
+    local,
+    program,
+    spans,
+    tiles,
+    vector_type,
+)
 from kernels.packing import DOT_GROUP, INT8_MAX, PANEL
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
@@ -38,7 +48,7 @@ def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> No
 
     def cut() -> None:
         # A copy, so that no scalar access keeps the accumulators themselves out of registers.
-        copy = T.alloc_buffer((PANEL,), "float32", scope="local")
+        copy = local(PANEL)
         for v, vector in enumerate(vectors):
             T.buffer_store(copy, vector, [at(v * LANES, LANES)])
         for offset, lanes in spans(n % PANEL):
@@ -81,8 +91,8 @@ def fma_panels(
         out = argument("out", (m, n), "float32")
 
         def tile(rows: int, first: Any, panel: Any) -> None:
-            sums = T.alloc_buffer((rows * PANEL,), "float32", scope="local")
-            weights = T.alloc_buffer((PANEL,), "float32", scope="local")
+            sums = local(rows * PANEL)
+            weights = local(PANEL)
             where = [
                 [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
             ]
@@ -138,37 +148,41 @@ def _dot_groups(target: KernelTarget, sums: Any, codes: Any, weights: Any) -> An
 
 
 def _quantise_row(x: Any, row: Any, k: int, codes: Any, row_scale: Any) -> None:
-    """Emits ``kernels.packing.quantise_rows`` for one row; codes are stored plus 128."""
-    largest = T.alloc_buffer((LANES,), "float32", scope="local")
-    T.buffer_store(largest, fill(T.float32(0), LANES), [at(0, LANES)])
+    """Emits ``kernels.packing.quantise_rows`` for one row; codes are stored plus 128.
+
+    Magnitudes are compared as whole numbers, in which the bits of non-negative fp32 numbers have
+    the same order, since a reduction of floats would have to look out for NaN at each step.
+    """
+    magnitudes = local(LANES, "int32")
+    largest = local(1, "int32")
     whole = k // LANES
 
     def magnitude(offset: Any, lanes: int) -> Any:
-        value = x[row, at(offset, lanes)]
-        return tirx.max(value, fill(T.float32(0), lanes) - value)
+        bits = tirx.reinterpret(vector_type("int32", lanes), x[row, at(offset, lanes)])
+        return tirx.bitwise_and(bits, fill(tirx.const(0x7FFFFFFF, "int32"), lanes))
 
+    T.buffer_store(magnitudes, fill(tirx.const(0, "int32"), LANES), [at(0, LANES)])
     with T.serial(0, whole) as c:
-        value = tirx.max(largest[at(0, LANES)], magnitude(c * LANES, LANES))
-        T.buffer_store(largest, value, [at(0, LANES)])
-    for offset, lanes in spans(k % LANES):
-        value = tirx.max(largest[at(0, lanes)], magnitude(whole * LANES + offset, lanes))
-        T.buffer_store(largest, value, [at(0, lanes)])
-    half = LANES // 2
-    while half:
-        value = tirx.max(largest[at(0, half)], largest[at(half, half)])
-        T.buffer_store(largest, value, [at(0, half)])
-        half //= 2
-    inverse = T.alloc_buffer((1,), "float32", scope="local")
-    positive = largest[0] > T.float32(0)
-    ratio = tirx.Select(positive, T.float32(INT8_MAX) / largest[0], T.float32(0))
+        value = tirx.max(magnitudes[at(0, LANES)], magnitude(c * LANES, LANES))
+        T.buffer_store(magnitudes, value, [at(0, LANES)])
+    reduced = T.call_llvm_pure_intrin(
+        "int32", "llvm.vector.reduce.smax.v16i32", magnitudes[at(0, LANES)]
+    )
+    T.buffer_store(largest, reduced, [0])
+    for offset in range(whole * LANES, k):
+        T.buffer_store(largest, tirx.max(largest[0], magnitude(offset, 1)), [0])
+    inverse = local(1)
+    top = tirx.reinterpret("float32", largest[0])
+    ratio = tirx.Select(largest[0] > 0, T.float32(INT8_MAX) / top, T.float32(0))
     T.buffer_store(inverse, ratio, [0])
-    T.buffer_store(row_scale, largest[0] * T.float32(1.0 / INT8_MAX), [row])
+    T.buffer_store(row_scale, top * T.float32(1.0 / INT8_MAX), [row])
 
     def code(offset: Any, lanes: int) -> None:
         scaled = tirx.nearbyint(x[row, at(offset, lanes)] * fill(inverse[0], lanes))
-        whole_number = tirx.Cast("int32" if lanes == 1 else f"int32x{lanes}", scaled)
-        shifted = whole_number + fill(tirx.const(128, "int32"), lanes)
-        byte = tirx.Cast("uint8" if lanes == 1 else f"uint8x{lanes}", shifted)
+        shifted = tirx.Cast(vector_type("int32", lanes), scaled) + fill(
+            tirx.const(128, "int32"), lanes
+        )
+        byte = tirx.Cast(vector_type("uint8", lanes), shifted)
         T.buffer_store(codes, byte, [row, at(offset, lanes)])
 
     with T.serial(0, whole) as c:
@@ -205,7 +219,7 @@ def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
             _quantise_row(x, row, k, codes, row_scale)
 
         def tile(rows: int, first: Any, panel: Any) -> None:
-            sums = T.alloc_buffer((rows * PANEL,), "int32", scope="local")
+            sums = local(rows * PANEL, "int32")
             where = [
                 [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
             ]

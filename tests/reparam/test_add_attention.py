@@ -10,7 +10,13 @@ from timm.models.pvt_v2 import Attention as PvtAttention
 from timm.models.vision_transformer import Attention as VitAttention
 from torch import nn
 
-from reparam.add_attention import AddAttention, dropped_parts, is_softmax_attention, refusal
+from reparam.add_attention import (
+    AddAttention,
+    AddProducts,
+    dropped_parts,
+    is_softmax_attention,
+    refusal,
+)
 
 
 def naive(attention, x):
@@ -82,6 +88,19 @@ def test_gradients_reach_queries_keys_and_values():
     attention(torch.randn(2, 7, 16)).square().sum().backward()
     assert all(part.abs().sum() > 0 for part in attention.qkv.weight.grad.chunk(3))
     assert attention.token_conv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+def test_products_depend_on_signs_alone_but_pass_a_clipped_gradient(alphabet):
+    torch.manual_seed(0)
+    products, v = AddProducts(alphabet), torch.randn(2, 6, 4)
+    q, k = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 6, 8)
+    assert torch.equal(products(q, k, v), products(3 * q, k.sign(), v))
+    with torch.no_grad():
+        q[..., 0] = 100.0
+    (gradient,) = torch.autograd.grad(products(q, k, v).square().sum(), q)
+    assert (gradient[..., 1:] != 0).all()
+    assert (gradient[..., 0].abs() < 0.1 * gradient[..., 1:].abs().amax(-1)).all()
 
 
 def test_products_are_called_with_the_sources_of_the_codes():

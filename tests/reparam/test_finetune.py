@@ -136,7 +136,8 @@ def table(tiny) -> LatencyTable:
     workloads: list[Workload] = []
     for share in ({"mult": 64, "shift": 64}, {"mult": 32, "shift": 32}):
         tokens = {fqn: share for fqn, _ in moe_layers(model)}
-        workloads += sum(layer_workloads(model, example, tokens).values(), [])
+        for found in layer_workloads(model, example, tokens).values():
+            workloads += found
     return table_of(workloads)
 
 
