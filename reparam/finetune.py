@@ -67,7 +67,9 @@ def finetune(
     data: Annotated[
         Path | None, typer.Option(help="Folder of images, for a recipe that asks for one.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for results.json and weights.")] = Path("run"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; the table's own if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of split, weights and training.")] = 0,
     device: Annotated[
         str, typer.Option(help="Where to train: cpu or cuda:N. Deployed is on the CPU.")
@@ -78,12 +80,12 @@ def finetune(
     table = LatencyTable.load(latency_table)
     deploy_device = cpu_info(settings.threads)
     train_device = _train_device(device)
-    # As many as the deployed model gets: sums, and so weights, depend on the number of threads.
     torch.set_num_threads(settings.threads)
     original, task = open_task(settings, data, seed)
     example = next(iter(task.batches("test", settings.deploy_batch, False)))[0]
     check_conversions(settings, original, table, example)
-    run = Run(settings, table, task, example, seed, output_folder(out))
+    folder = output_folder(out or latency_table.parent)
+    run = Run(settings, table, task, example, seed, folder)
 
     candidates = train_all(run, original.to(train_device))
     variants, costs = evaluate_candidates(candidates, task, table, example, deploy_device, console)
@@ -102,8 +104,8 @@ def finetune(
         command=shlex.join(["python", "-m", "reparam.finetune", *sys.argv[1:]]),
         variants=variants,
     )
-    write_rows(out / "measurements.sqlite", rows_of(results, costs))
-    results.save(out / "results.json")
+    write_rows(folder / "measurements.sqlite", rows_of(results, costs))
+    results.save(folder / "results.json")
     show(results)
 
 
@@ -203,7 +205,7 @@ def train_all(run: Run, original: nn.Module) -> list[Candidate]:
 
     model = original
     attention = reparameterize_(model, recipe.attention_config, recipe.allows(model))
-    history = _train(run, model, "stage1", recipe.stage1)
+    history = _train(run, model, "stage1", recipe.stage1, teacher=candidates[0].model)
     candidates.append(
         Candidate(
             "stage1",
@@ -215,13 +217,13 @@ def train_all(run: Run, original: nn.Module) -> list[Candidate]:
         )
     )
     for variant in recipe.variants:
-        candidates.append(_train_variant(run, variant, candidates[1]))
+        candidates.append(_train_variant(run, variant, candidates[1], candidates[0].model))
     for candidate in candidates:
         candidate.model.cpu()
     return candidates
 
 
-def _train_variant(run: Run, variant: Variant, stage1: Candidate) -> Candidate:
+def _train_variant(run: Run, variant: Variant, stage1: Candidate, teacher: nn.Module) -> Candidate:
     model = copy.deepcopy(stage1.model)
     seed_everything(run.seed, variant.name)  # the routers start at random
     linears = reparameterize_(model, run.recipe.linears_config(variant), run.recipe.allows(model))
@@ -229,9 +231,8 @@ def _train_variant(run: Run, variant: Variant, stage1: Candidate) -> Candidate:
     latencies = set_expert_latencies_(model, run.table.lookup, run.example.to(device))
     # Only the loss depends on the table: without it, another table changes nothing.
     driven_by = {"expert_latency_ms": json.dumps(latencies)} if variant.latency_loss_weight else {}
-    history = _train(
-        run, model, variant.name, run.recipe.stage2, variant.latency_loss_weight, driven_by
-    )
+    weight = variant.latency_loss_weight
+    history = _train(run, model, variant.name, run.recipe.stage2, weight, teacher, driven_by)
     return Candidate(
         variant.name,
         variant.title,
@@ -249,6 +250,7 @@ def _train(
     name: str,
     settings: Stage | None,
     latency_loss_weight: float = 0.0,
+    teacher: nn.Module | None = None,
     driven_by: dict[str, str] | None = None,
 ) -> list[Epoch]:
     """Trains one stage, showing how far it is, and writes its weights."""
@@ -264,6 +266,7 @@ def _train(
                 stage=name,
                 seed=run.seed,
                 latency_loss_weight=latency_loss_weight,
+                teacher=teacher,
                 checkpoint=run.out / "checkpoints" / f"{name}.safetensors",
                 identity={
                     "recipe": run.recipe.sha256,
@@ -289,7 +292,7 @@ def show(results: FinetuneResults) -> None:
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for variant in results.variants:
         table.add_row(
-            variant.title,
+            variant.name,
             _figure(variant.deployed_top1 or variant.top1),
             _figure(variant.difference),
             _figure(variant.latency_ms, ".3f"),

@@ -19,7 +19,8 @@ from profiler.energy import (
     find_meter,
     measure_energy,
 )
-from profiler.timing import PRESETS, Timing, TimingSettings, measure_interleaved
+from profiler.samples import PRESETS, Timing, TimingSettings
+from profiler.timing import measure_interleaved
 from reparam.expert_latency import layer_workloads
 from reparam.moe import moe_layers
 from reparam.results import Interval
@@ -56,8 +57,8 @@ def compiled(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:
     if not shutil.which("g++"):
         return None, "torch.compile needs g++, which is not installed"
     candidate = copy.deepcopy(model)
-    candidate.compile()
     try:
+        candidate.compile()
         launch_of(candidate, example)()
     except Exception as error:  # whatever its back end raises, the other models are measured
         return None, f"torch.compile failed: {' '.join(str(error).split())[:200]}"

@@ -14,8 +14,8 @@ from cost_models.latency_table import LatencyTable
 from kernels.torch_ops import set_threads
 from profiler.device import DeviceInfo
 from profiler.energy import EnergyReading
+from profiler.samples import Timing
 from profiler.store import Measurement, create_store
-from profiler.timing import Timing
 from reparam.agreement import agreement
 from reparam.data import Data
 from reparam.deploy import deploy, stored_bytes

@@ -47,6 +47,8 @@ class Stage(_Strict):
         lr: Peak learning rate.
         gradient_clip: Largest norm of the gradient; None for no limit.
         mixup, cutmix: Parameter α of each; 0 switches it off.
+        distillation: Part of the loss that asks for the original model's class probabilities
+            rather than for the labels; has no effect on the original itself.
     """
 
     epochs: PositiveInt
@@ -58,6 +60,7 @@ class Stage(_Strict):
     label_smoothing: Share = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Variant(_Strict):
@@ -84,7 +87,8 @@ class Recipe(_Strict):
     Attributes:
         data: ``digits``, or ``folder`` for the one named by ``--data``.
         deploy_batch: Batch of the deployed model, for which the router's latencies hold.
-        threads: CPU threads of the deployed model, and of training where that is on the CPU.
+        threads: CPU threads of the deployed model, and of training on the CPU: a model small
+            enough for that gains little by more, and loses much on a machine that is not alone.
         pretrain: Training of the original; None with pre-trained weights.
         stage1, stage2: After the attention, and after linears and MLPs were replaced.
         alphabet: Binary alphabet of queries and keys.

@@ -63,6 +63,7 @@ def train(
     stage: str,
     seed: int = 0,
     latency_loss_weight: float = 0.0,
+    teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     identity: Mapping[str, str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -77,6 +78,7 @@ def train(
         stage: Name of the stage, for the history and the seeds.
         seed: Equal seeds give equal weights on the same machine and number of threads.
         latency_loss_weight: Weight of the latency-aware loss of the model's routers.
+        teacher: Model in evaluation mode to distil from, where the settings ask for it.
         checkpoint: Where to keep the state after each epoch; None keeps none.
         identity: What the run depends on; a checkpoint of another identity is refused.
         on_step: Called with the steps done and their total after each step.
@@ -106,7 +108,9 @@ def train(
         for done, (images, labels) in enumerate(batches, start=epoch * steps_per_epoch):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(settings, done, steps_per_epoch)
-            loss, latency_loss = _losses(model, images, labels, settings, mix, latency_loss_weight)
+            loss, latency_loss = _losses(
+                model, images, labels, settings, mix, latency_loss_weight, teacher
+            )
             optimiser.zero_grad()
             (loss + latency_loss_weight * latency_loss).backward()
             if settings.gradient_clip is not None:
@@ -163,14 +167,26 @@ def _losses(
     settings: Stage,
     mix: Mixup | None,
     latency_loss_weight: float,
+    teacher: nn.Module | None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy and latency-aware loss of a batch; the latter 0 where it has no weight."""
+    """Task loss and latency-aware loss of a batch; the latter 0 where it has no weight.
+
+    Distillation is the divergence from the teacher's class probabilities (Hinton et al., arXiv
+    1503.02531, at temperature 1).
+    """
     device = device_of(model)
     images, labels = images.to(device), labels.to(device)
     # Mixup pairs the images of a batch: an odd one, at the end of an epoch, stays unmixed.
     if mix is not None and len(images) % 2 == 0:
         images, labels = mix(images, labels)
-    loss = F.cross_entropy(model(images), labels, label_smoothing=settings.label_smoothing)
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+    if teacher is not None and settings.distillation:
+        with torch.no_grad():
+            wanted = teacher(images).log_softmax(dim=-1)
+        found = logits.log_softmax(dim=-1)
+        divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        loss = torch.lerp(loss, divergence, settings.distillation)
     if not latency_loss_weight:
         return loss, torch.zeros_like(loss)
     return loss, model_latency_loss(model)

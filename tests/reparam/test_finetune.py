@@ -16,8 +16,8 @@ from cost_models.latency_table import Entry, LatencyTable, TableError
 from kernels.workload import Workload
 from profiler.command_line import BadInput
 from profiler.device import cpu_info
+from profiler.samples import TimingSettings
 from profiler.store import open_store
-from profiler.timing import TimingSettings
 from reparam import finetune as command
 from reparam import outcome, training
 from reparam.agreement import ROUNDING, first_flip, layer_error
@@ -25,7 +25,7 @@ from reparam.convert import ConversionError, reparameterize_
 from reparam.deploy import deploy
 from reparam.expert_latency import layer_workloads
 from reparam.finetune import app, check_conversions, open_task
-from reparam.model_cost import measure_latencies, predict_latency
+from reparam.model_cost import compiled, measure_latencies, predict_latency
 from reparam.moe import moe_layers
 from reparam.recipe import RECIPES, Recipe, create_model, load_recipe
 from reparam.results import FinetuneResults
@@ -342,3 +342,25 @@ def test_a_differing_layer_is_seen_and_not_excused(tiny):
     assert flip.gap > 100 * ROUNDING
     wrong.blocks[0].attn.proj.packed_1.mul_(1.02)  # the scale of each channel
     assert layer_error(model, wrong, image) > 0.01
+
+
+def test_a_code_within_rounding_of_its_threshold_is_excused(tiny):
+    model = converted(tiny, "moe")
+    deployed = deploy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        weight = deployed.blocks[0].norm1.weight
+        weight.mul_(1 + 1e-5 * torch.randn(weight.shape, generator=generator))
+    images = torch.randn(40, 1, 1, 16, 16, generator=generator)
+    flips = [flip for image in images if (flip := first_flip(model, deployed, image))]
+    assert flips
+    assert all(0 < flip.gap <= ROUNDING for flip in flips)
+
+
+def test_compiled_baseline_is_a_copy_or_a_reason(tiny, monkeypatch):
+    model, example = create_model(tiny.model, 10), torch.randn(4, 1, 16, 16)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert compiled(model, example) == (None, "torch.compile needs g++, which is not installed")
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(torch.nn.Module, "compile", Mock(side_effect=RuntimeError("no\nback end")))
+    assert compiled(model, example) == (None, "torch.compile failed: no back end")
