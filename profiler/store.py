@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -323,7 +324,8 @@ def create_store(location: str | Path) -> Store:
                 )
         if is_new and engine.dialect.name == "sqlite":
             # Stays with the file. Never asked of a file that is not ours: it would rewrite it.
-            with engine.connect() as connection:
+            # Another writer may be at work already; the store is as safe without, only slower.
+            with engine.connect() as connection, suppress(sa.exc.OperationalError):
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     except sa.exc.SQLAlchemyError as error:
         raise StoreError(f"{location}: cannot be written ({error})") from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.workload import Workload, attention, linear
-from reparam.add_attention import AddProducts
+from reparam.add_attention import AddAttention, AddProducts
 from reparam.moe import MoEMlp, moe_layers
 from reparam.mult import MultLinear
 from reparam.shift import ShiftLinear
@@ -75,8 +75,8 @@ def layer_workloads(
 
     Returns:
         By qualified name: one workload for a linear, KᵀV and Q(KᵀV) for the products of an
-        attention, the linears of all experts for an MoE layer. A layer that the example did not
-        pass through is absent.
+        attention, the router and the linears of all experts for an MoE layer. A layer that the
+        example did not pass through is absent.
     """
     shapes = _input_shapes(model, example)
     workloads: dict[str, list[Workload]] = {}
@@ -87,7 +87,7 @@ def layer_workloads(
             workloads[fqn] = list(attention(b, tokens, bits, n, module.alphabet))
         elif isinstance(module, MoEMlp):
             counts = expert_tokens[fqn] if expert_tokens is not None else _counts(module)
-            workloads[fqn] = [
+            workloads[fqn] = _linears(module.router, _tokens(inputs[0])) + [
                 workload
                 for name, tokens in counts.items()
                 if tokens
@@ -98,11 +98,21 @@ def layer_workloads(
     return workloads
 
 
+def undecided(model: nn.Module, example: Tensor) -> dict[str, dict[str, int]]:
+    """Expert tokens as the router's loss counts them: every expert with all tokens of its layer."""
+    shapes = _input_shapes(model, example)
+    return {
+        fqn: dict.fromkeys(layer.experts, _tokens(shapes[fqn][0]))
+        for fqn, layer in moe_layers(model)
+    }
+
+
 def _linears(module: nn.Module, tokens: int) -> list[Workload]:
+    # Plain linears inside a converted layer are deployed on the fp32 mult kernel.
     return [
-        linear(part.form, tokens, part.in_features, part.out_features)
+        linear(getattr(part, "form", "mult_fp32"), tokens, part.in_features, part.out_features)
         for part in module.modules()
-        if isinstance(part, ShiftLinear | MultLinear)
+        if isinstance(part, ShiftLinear | MultLinear | nn.Linear)
     ]
 
 
@@ -121,6 +131,9 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Siz
     """Shapes of the inputs of each converted layer, from one forward pass in evaluation mode."""
     shapes: dict[str, list[torch.Size]] = {}
     inside_moe = tuple(f"{fqn}." for fqn, _ in moe_layers(model))
+    inside_attention = tuple(
+        f"{fqn}." for fqn, module in model.named_modules() if isinstance(module, AddAttention)
+    )
 
     def note(fqn: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -132,7 +145,8 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Siz
         module.register_forward_pre_hook(note(fqn))
         for fqn, module in model.named_modules()
         if isinstance(module, AddProducts | MoEMlp | ShiftLinear | MultLinear)
-        and not fqn.startswith(inside_moe)
+        or (isinstance(module, nn.Linear) and fqn.startswith(inside_attention))
+        if not fqn.startswith(inside_moe)
     ]
     training = model.training
     try:

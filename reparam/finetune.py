@@ -33,8 +33,7 @@ from profiler.device import cpu_info
 from reparam.checkpoints import save_weights
 from reparam.convert import ConversionError, reparameterize_
 from reparam.data import Data, digits, image_folder
-from reparam.expert_latency import layer_workloads, set_expert_latencies_
-from reparam.moe import moe_layers
+from reparam.expert_latency import layer_workloads, set_expert_latencies_, undecided
 from reparam.outcome import Candidate, evaluate_candidates, rows_of, write_rows
 from reparam.recipe import Recipe, Stage, Variant, create_model, load_recipe
 from reparam.results import Epoch, FinetuneResults, Interval
@@ -172,21 +171,16 @@ def recipe_workloads(recipe: Recipe) -> list[Workload]:
     example = torch.zeros(recipe.deploy_batch, *shape)
     found: dict[Workload, None] = {}
     for model in _converted_copies(recipe, original):
-        layer_workloads(model, example)  # runs the routers once: each layer's number of tokens
-        all_tokens = {
-            fqn: dict.fromkeys(layer.experts, len(layer.routing.choice))
-            for fqn, layer in moe_layers(model)
-            if layer.routing is not None
-        }
-        for workloads in layer_workloads(model, example, all_tokens).values():
+        for workloads in layer_workloads(model, example, undecided(model, example)).values():
             found |= dict.fromkeys(workloads)
     return list(found)
 
 
 def _converted_copies(recipe: Recipe, original: nn.Module) -> Iterator[nn.Module]:
-    """The original, converted for each variant and not trained."""
+    """The original, converted by stage 1 and for each variant, not trained."""
     attention = copy.deepcopy(original)
     reparameterize_(attention, recipe.attention_config, recipe.allows(attention))
+    yield attention
     for variant in recipe.variants:
         model = copy.deepcopy(attention)
         reparameterize_(model, recipe.linears_config(variant), recipe.allows(model))

@@ -316,13 +316,13 @@ def test_checking_the_conversions_leaves_the_original_alone(tiny, table):
 def test_prediction_sums_the_table_over_what_the_routers_send(tiny, table):
     model, example = converted(tiny, "moe"), torch.randn(4, 1, 16, 16)
     even = {fqn: {"mult": 0.5, "shift": 0.5} for fqn, _ in moe_layers(model)}
-    # qkv and proj are shifts, the products two adds, each expert two linears.
+    # A router, qkv and proj as shifts, two adds for the products, two linears an expert.
     predicted = predict_latency(model, example, table, even).latency_ms
-    assert predicted.value == pytest.approx(2 * 0.1 + 2 * 0.2 + 2 * 0.2 + 2 * 0.1)
-    assert predicted.low == pytest.approx(8 * 0.05)
+    assert predicted.value == pytest.approx(0.2 + 2 * 0.1 + 2 * 0.2 + 2 * 0.2 + 2 * 0.1)
+    assert predicted.low == pytest.approx(9 * 0.05)
     shift_only = {fqn: {"mult": 0.0, "shift": 1.0} for fqn in even}
     predicted = predict_latency(model, example, table, shift_only).latency_ms
-    assert predicted.value == pytest.approx(2 * 0.1 + 2 * 0.2 + 2 * 0.1)
+    assert predicted.value == pytest.approx(0.2 + 2 * 0.1 + 2 * 0.2 + 2 * 0.1)
     nothing = create_model(tiny.model, 10)
     assert predict_latency(nothing, example, table, {}).latency_ms is None
 

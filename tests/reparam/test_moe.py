@@ -179,13 +179,15 @@ def test_workloads_of_each_converted_layer():
         "attn.proj": [linear("shift_int8", tokens, 16, 16)],
     }
     expected = {f"blocks.{i}.{name}": w for i in range(2) for name, w in block.items()}
+    router = linear("mult_fp32", tokens, 16, 2)
     expected["blocks.0.mlp"] = [
+        router,
         linear("mult_int8", 3, 16, 64),
         linear("mult_int8", 3, 64, 16),
         linear("shift_int8", 7, 16, 64),
         linear("shift_int8", 7, 64, 16),
     ]
-    expected["blocks.1.mlp"] = shift_all
+    expected["blocks.1.mlp"] = [router, *shift_all]
     assert workloads == expected
 
 
@@ -194,5 +196,14 @@ def test_workloads_take_the_routers_own_dispatch_by_default():
     for _, layer in moe_layers(model):
         send_to(layer, 1)
     workloads = layer_workloads(model, torch.randn(2, 3, 32, 32))
-    assert [w.m for w in workloads["blocks.0.mlp"]] == [10, 10]
-    assert {w.form for w in workloads["blocks.0.mlp"]} == {"shift_int8"}
+    _, *experts = workloads["blocks.0.mlp"]
+    assert [w.m for w in experts] == [10, 10]
+    assert {w.form for w in experts} == {"shift_int8"}
+
+
+def test_linears_that_stage_1_leaves_in_an_attention_are_charged_as_fp32():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **VIT)
+    reparameterize_(model, ReparamConfig(attention="add"))
+    workloads = layer_workloads(model, torch.randn(2, 3, 32, 32))
+    assert workloads["blocks.0.attn.qkv"] == [linear("mult_fp32", 10, 16, 48)]
+    assert "blocks.0.mlp.fc1" not in workloads
