@@ -31,5 +31,9 @@ test: install
 bench: install
 	$(BIN)/python tests/bench/gate.py --base $(BASE) --pairs $(PAIRS)
 
+# Long and resumable: the shapes of the paper, on one and on two threads.
+prove: install
+	$(BIN)/python -m profiler.sweep --config shiftaddvit-paper --threads 1,2 --out runs/paper
+
 clean:
 	rm -rf $(VENV) runs

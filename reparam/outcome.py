@@ -22,6 +22,7 @@ from reparam.deploy import deploy, stored_bytes
 from reparam.evaluate import dispatch_shares, paired_difference, predict, top1
 from reparam.losses import optimal_share
 from reparam.model_cost import compiled, measure_energies, measure_latencies, predict_latency
+from reparam.model_energy import COVERS, modelled_energy_mj
 from reparam.results import Epoch, FinetuneResults, Interval, LayerDispatch, VariantResult
 
 COMPILED = "original_compiled"
@@ -88,8 +89,12 @@ def evaluate_candidates(
     set_threads(device.threads)
     console.print("measuring all models, interleaved")
     costs = _measure({"original": original.model, **deployed}, example, device)
+    modelled = {
+        candidate.name: modelled_energy_mj(candidate.model, example) for candidate in candidates
+    }
+    modelled[COMPILED] = modelled[original.name]
     results.insert(1, results[0].model_copy(update=_COMPILED_FIELDS))
-    return [_with_costs(result, costs) for result in results], costs
+    return [_with_costs(result, costs, modelled[result.name]) for result in results], costs
 
 
 _COMPILED_FIELDS = {"name": COMPILED, "title": "original, torch.compile", "history": []}
@@ -165,21 +170,22 @@ def _measure(models: dict[str, nn.Module], example: Tensor, device: DeviceInfo) 
     return Costs(timings, energies, reasons)
 
 
-def _with_costs(result: VariantResult, costs: Costs) -> VariantResult:
+def _with_costs(result: VariantResult, costs: Costs, modelled_mj: float) -> VariantResult:
     timing, energy = costs.timings.get(result.name), costs.energies.get(result.name)
     latency_ms = None
     if timing and timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms:
         latency_ms = Interval(
             value=timing.latency_ms, low=timing.latency_low_ms, high=timing.latency_high_ms
         )
-    energy_mj = energy.energy_mj if energy else None
+    measured_mj = energy.energy_mj if energy else None
+    why_not = energy.reason if energy else "was not run"
     return result.model_copy(
         update={
             "latency_ms": latency_ms,
             "latency_reason": costs.reasons.get(result.name),
-            "energy_mj": energy_mj,
-            "energy_source": "measured" if energy_mj else None,
-            "energy_reason": None if energy_mj else energy.reason if energy else "was not run",
+            "energy_mj": measured_mj or modelled_mj,
+            "energy_source": "measured" if measured_mj else "modelled",
+            "energy_reason": None if measured_mj else f"{COVERS}; not measured: {why_not}",
         }
     )
 
@@ -200,7 +206,7 @@ def rows_of(results: FinetuneResults, costs: Costs) -> Iterator[Measurement]:
             lowering=_LOWERINGS.get(variant.name, "deployed"),
             is_baseline=variant.name in _LOWERINGS,
             **columns,
-            energy_mj=variant.energy_mj,
+            energy_mj=energy.energy_mj if energy else None,
             energy_net_mj=energy.energy_net_mj if energy else None,
             energy_window_s=energy.window_s if energy else None,
             energy_source=energy.source if energy else None,

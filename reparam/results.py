@@ -84,8 +84,9 @@ class VariantResult(BaseModel):
         predicted_latency_ms: Sum over the layers from the latency table, None with a reason.
         predicted_interval: 90 % interval of that sum; None where the table gives none.
         weight_bytes: Stored parameters of the deployed form.
-        energy_mj: Energy of one inference at ``deploy_batch``; None with a reason.
+        energy_mj: Energy of one inference at ``deploy_batch``, measured or modelled.
         energy_source: ``measured`` or ``modelled``.
+        energy_reason: What a modelled figure covers, and why there is no measured one.
         converted, skipped: Layers by name; for skipped ones with the reason.
         dispatch: One entry for each MoE layer.
         agreement: None for variants that were not deployed on our kernels.
