@@ -17,6 +17,9 @@ from kernels.workload import attention, linear
 
 __all__ = ["linear_kernel", "set_threads"]
 
+# Shorter sequences take less time than a second thread needs to wake up.
+_SPLIT_TOKENS = 512
+
 _library = torch.library.Library("shiftadd", "DEF")
 _library.define("linear(Tensor x, Tensor[] packed, str form, int n) -> Tensor")
 _library.define("add_kv(Tensor k, Tensor v, str alphabet) -> Tensor")
@@ -38,10 +41,17 @@ def linear_kernel(form: str, k: int, n: int, device: torch.device) -> Kernel:
 
 @functools.cache
 def _attention_kernel(
-    product: str, bits: int, n: int, alphabet: str, device: torch.device
+    product: str, bits: int, n: int, alphabet: str, device: torch.device, split: bool
 ) -> Kernel:
     kv, qkv = attention(1, 1, bits, n, alphabet)
-    return build(kv if product == "kv" else qkv, target=_target(device))
+    name = {"kv": "add.buckets", "qkv": "add.tables"}[product] + "_split" * split
+    lowering = name if device.type == "cpu" else None
+    return build(kv if product == "kv" else qkv, lowering, _target(device))
+
+
+def _too_few_heads(x: Tensor) -> bool:
+    """Whether threads would idle unless each sequence is cut into chunks."""
+    return x.shape[0] < torch.get_num_threads() and x.shape[1] >= _SPLIT_TOKENS
 
 
 def _linear(x: Tensor, packed: list[Tensor], form: str, n: int) -> Tensor:
@@ -58,7 +68,8 @@ def _linear_fake(x: Tensor, packed: list[Tensor], form: str, n: int) -> Tensor:
 
 def _add_kv(k: Tensor, v: Tensor, alphabet: str) -> Tensor:
     out = v.new_empty(k.shape[0], k.shape[2], v.shape[2])
-    kernel = _attention_kernel("kv", k.shape[2], v.shape[2], alphabet, k.device)
+    split = _too_few_heads(k)
+    kernel = _attention_kernel("kv", k.shape[2], v.shape[2], alphabet, k.device, split)
     kernel.launch(k.contiguous(), v.contiguous(), out)
     return out
 
@@ -69,7 +80,8 @@ def _add_kv_fake(k: Tensor, v: Tensor, alphabet: str) -> Tensor:
 
 def _add_qkv(q: Tensor, kv: Tensor, alphabet: str) -> Tensor:
     out = kv.new_empty(q.shape[0], q.shape[1], kv.shape[2])
-    kernel = _attention_kernel("qkv", q.shape[2], kv.shape[2], alphabet, q.device)
+    split = _too_few_heads(q)
+    kernel = _attention_kernel("qkv", q.shape[2], kv.shape[2], alphabet, q.device, split)
     kernel.launch(q.contiguous(), kv.contiguous(), out)
     return out
 

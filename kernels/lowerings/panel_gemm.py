@@ -6,7 +6,9 @@ rows × one panel is accumulated in registers over the whole of k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
@@ -33,10 +35,41 @@ VECTORS = PANEL // LANES
 _STREAM_WEIGHT_BYTES = 512 * 1024
 
 
-def tile_rows(target: KernelTarget) -> int:
+_chosen: ContextVar[Mapping[str, int] | None] = ContextVar("schedule", default=None)
+
+
+def largest_tile_rows(target: KernelTarget) -> int:
     """Rows of accumulators that fit the registers beside one row of weights and an activation."""
     registers_a_row = VECTORS * LANES * 32 // target.vector_bits
     return max(1, (target.vector_registers - registers_a_row - 2) // registers_a_row)
+
+
+def schedule_space(target: KernelTarget) -> dict[str, tuple[int, ...]]:
+    """What may be chosen: ``tile_rows``, and ``panels_outer`` (1: keep a panel of weights hot)."""
+    largest = largest_tile_rows(target)
+    return {"tile_rows": tuple(range(max(1, largest // 3), largest + 1)), "panels_outer": (0, 1)}
+
+
+def default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]:
+    """The schedule of a shape that nobody has tuned."""
+    largest = largest_tile_rows(target)
+    return {
+        # Half of the registers hide the latency of a multiply-add already. The rest would go in
+        # spills where weights are decoded, and in ragged rows: 7 divides the 49 * 4^i tokens of
+        # images of 224 x 224 pixels.
+        "tile_rows": max(largest // 2, min(largest, 4)),
+        "panels_outer": int(workload.weight_bytes > _STREAM_WEIGHT_BYTES),
+    }
+
+
+@contextmanager
+def scheduled(schedule: Mapping[str, int]) -> Iterator[None]:
+    """Within it, lowerings of this module are defined with that schedule."""
+    token = _chosen.set(schedule)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> None:
@@ -78,6 +111,7 @@ def fma_panels(
         w_dtype: Stored type of a weight.
         decode: Turns a vector of stored weights into fp32, once a panel row and tile.
     """
+    schedule = _chosen.get() or default_schedule(workload, target)
     k, n = workload.k, workload.n
     panels = -(-n // PANEL)
     scaled = "scale" in workload.fused
@@ -117,7 +151,7 @@ def fma_panels(
                     )
                 _store_row(out, first + r, panel, n, vectors)
 
-        tiles(m, panels, tile_rows(target), workload.weight_bytes > _STREAM_WEIGHT_BYTES, tile)
+        tiles(m, panels, schedule["tile_rows"], bool(schedule["panels_outer"]), tile)
 
     return program(body)
 
@@ -201,6 +235,7 @@ def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
         workload: An int8 linear; its m is taken from x at each launch.
         target: The CPU.
     """
+    schedule = _chosen.get() or default_schedule(workload, target)
     k, n = workload.k, workload.n
     panels, groups = -(-n // PANEL), -(-k // DOT_GROUP)
     width = LANES * DOT_GROUP
@@ -242,6 +277,6 @@ def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
                     vectors.append(exact * factor + bias[channel])
                 _store_row(out, first + r, panel, n, vectors)
 
-        tiles(m, panels, tile_rows(target), workload.weight_bytes > _STREAM_WEIGHT_BYTES, tile)
+        tiles(m, panels, schedule["tile_rows"], bool(schedule["panels_outer"]), tile)
 
     return program(body)
