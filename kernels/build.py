@@ -56,6 +56,7 @@ LOWERINGS: dict[str, Lowering] = {
     "mult.dot": Lowering("llvm", ("mult_int8",), mult.dot, *_PANELS),
     "shift.panels": Lowering("llvm", ("shift_fp32",), shift.panels, *_PANELS),
     "shift.dot": Lowering("llvm", ("shift_int8",), shift.dot, *_PANELS),
+    "shift.nibbles": Lowering("llvm", ("shift_int4",), shift.nibbles, *_PANELS),
     "add.buckets": Lowering("llvm", ("add_kv_pm1", "add_kv_01"), add.buckets),
     "add.buckets_split": Lowering("llvm", ("add_kv_pm1", "add_kv_01"), add.buckets_split),
     "add.tables": Lowering("llvm", ("add_qkv_pm1", "add_qkv_01"), add.tables),

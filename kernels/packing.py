@@ -19,6 +19,8 @@ PANEL = 32
 # Neighbouring inputs that one dot-product instruction consumes (vpdpbusd, sdot, dp4a).
 DOT_GROUP = 4
 INT8_MAX = 127
+# Codes of one vector of a dot product.
+NIBBLE_RUN = 64
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,37 @@ def pack_linear(parameters: LinearParameters) -> tuple[Tensor, ...]:
     unit = 2.0 ** FORMS[form].get("exponent_min", 0)
     codes = (values / unit).to(torch.int8)
     offset = pad_channels(128 * codes.sum(dim=1, dtype=torch.int32)).to(torch.int32)
-    return pack_panels(codes, DOT_GROUP), scale * unit, bias, offset
+    panels = pack_panels(codes, DOT_GROUP)
+    if form == "shift_int4":
+        panels = pack_nibbles(panels)
+    return panels, scale * unit, bias, offset
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Packs ±2^p, p in 0..6, as ``sign << 3 | p``, two to a byte.
+
+    The first half of each run of ``NIBBLE_RUN`` goes into the low halves of the bytes, so that one
+    mask and one shift unpack a vector in order.
+
+    Args:
+        codes: int8 ``(..., width)``, width a multiple of ``NIBBLE_RUN``. A 0, as padding has it,
+            is written as p = 7.
+
+    Returns:
+        uint8 ``(..., width / 2)``.
+    """
+    exponent = torch.frexp(codes.abs().float()).exponent - 1
+    exponent = torch.where(codes == 0, 7, exponent)
+    nibbles = (exponent | ((codes < 0).int() << 3)).to(torch.uint8)
+    low, high = nibbles.unflatten(-1, (-1, 2, NIBBLE_RUN // 2)).unbind(-2)
+    return (low | high << 4).flatten(-2)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of ``pack_nibbles``: int8 ``(..., 2 * width)``."""
+    runs = packed.unflatten(-1, (-1, NIBBLE_RUN // 2))
+    nibbles = torch.stack((runs & 15, runs >> 4), dim=-2).flatten(-3).int()
+    return ((1 << (nibbles & 7) & 127) * (1 - 2 * (nibbles >> 3))).to(torch.int8)
 
 
 def pack_bits(codes: Tensor) -> Tensor:

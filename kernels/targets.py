@@ -25,6 +25,7 @@ class KernelTarget:
         vector_bits: Width of one.
         dot_product: ``vpdpbusd.512`` or ``generic``: how four int8 products are summed into int32.
         movemask: True where eight sign bits can be read in one instruction (AVX).
+        byte_table: True where one instruction looks up 64 bytes in tables of 16 (AVX-512BW).
         triple: LLVM's name of another machine to compile for; None for this one.
     """
 
@@ -35,6 +36,7 @@ class KernelTarget:
     dot_product: str = "generic"
     movemask: bool = False
     triple: str | None = None
+    byte_table: bool = False
 
     @property
     def tvm(self) -> Target:
@@ -72,7 +74,7 @@ def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarg
 
     if has("avx512f"):
         dot = "vpdpbusd.512" if has("avx512vnni") else "generic"
-        return KernelTarget("llvm", chip, 32, 512, dot, True, triple)
+        return KernelTarget("llvm", chip, 32, 512, dot, True, triple, has("avx512bw"))
     if has("avx2"):
         return KernelTarget("llvm", chip, 16, 256, "generic", True, triple)
     if has("neon"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,9 +30,10 @@ from profiler.device import DeviceInfo, cpu_info
 from profiler.energy import EnergyReading, EnergySettings, find_meter, measure_energy
 from profiler.model_workloads import ModelError, model_layers
 from profiler.nvml import Unavailable
+from profiler.roofline import measure_roofs, roofline_share
 from profiler.samples import PRESETS, Timing, paired_ratio
 from profiler.store import Measurement, Store, create_store, row_key
-from profiler.summary import problems, summary_table
+from profiler.summary import headlines, problems, summary_table
 from profiler.sweep_config import SweepConfig
 from profiler.timing import cache_flush, measure_cuda, measure_interleaved
 
@@ -42,7 +43,7 @@ SWEEPS = Path(__file__).parent / "sweeps"
 _INEXACT_TOLERANCE = 0.1
 
 # Piped into a file there is no terminal to ask for its width.
-console = Console() if sys.stdout.isatty() else Console(width=140)
+console = Console() if sys.stdout.isatty() else Console(width=170)
 app = typer.Typer(add_completion=False)
 
 
@@ -67,6 +68,7 @@ class Setting:
     target: KernelTarget
     config: SweepConfig
     run: str
+    roofs: dict[str, float] = field(default_factory=dict)
 
 
 def sweep(setting: Setting, store: Store) -> list[Measurement]:
@@ -77,6 +79,7 @@ def sweep(setting: Setting, store: Store) -> list[Measurement]:
     built = list(track("build", todo, try_build, setting))
     checked = list(track("check", built, try_check, setting))
     groups = by_product(checked)
+    setting = replace(setting, roofs=roofs_of(setting) if groups else {})
     for rows in track("measure", groups, measure, setting):
         for row in rows:
             store.put(row)
@@ -84,6 +87,13 @@ def sweep(setting: Setting, store: Store) -> list[Measurement]:
         key_of(c, cache, setting) for c in candidates(setting) for cache in setting.config.cache
     }
     return [row for row in store.rows() if row.key in wanted]
+
+
+def roofs_of(setting: Setting) -> dict[str, float]:
+    """What the CPU can do at most, by the same clock; a GPU's roofs are not measured yet."""
+    if setting.device.kind != "cpu":
+        return {}
+    return measure_roofs(setting.device, PRESETS[setting.config.timing])
 
 
 def candidates(setting: Setting) -> list[Candidate]:
@@ -162,6 +172,8 @@ def measure(group: list[Candidate], setting: Setting) -> list[Measurement]:
         for candidate, name in zip(sound, launches):
             energy = read_energy(launches[name], setting)
             timing, details = timings[name], ratios.get(name, {})
+            share = roofline_share(candidate.workload, timing.latency_ms, setting.roofs)
+            details |= {} if share is None else {"roofline_share": share}
             rows.append(finished_row(candidate, cache, timing, energy, details, setting))
     return rows
 
@@ -202,7 +214,7 @@ def compare(sound: list[Candidate], timings: dict[str, Timing]) -> dict[str, dic
         if not candidate.is_baseline and best:
             details |= _ratio("speedup", timings[best], timings[name])
             details["speedup_baseline"] = names[best].lowering
-        if candidate.workload.form == "shift_int8" and int8:
+        if candidate.workload.form in ("shift_int8", "shift_int4") and int8:
             details |= _ratio("shift_over_int8_mult", timings[name], timings[int8])
         found[name] = details
     return found
@@ -374,6 +386,8 @@ def main(
         console.print(summary_table(rows, title))
         for line in problems(rows):
             console.print(line, style="yellow", markup=False)
+        for line in headlines(rows):
+            console.print(line, markup=False)
     database.close()
 
 

@@ -20,7 +20,7 @@ from reparam.mult import MULT_FORMS
 from reparam.shift import SHIFT_FORMS, ShiftVariant
 
 FilterFn = Callable[[nn.Module, str], bool]
-ShiftForm = Literal["shift_fp32", "shift_int8"]
+ShiftForm = Literal["shift_fp32", "shift_int8", "shift_int4"]
 
 ATTENTION_LINEARS = ("qkv", "q", "kv", "proj")
 MLP_LINEARS = ("fc1", "fc2")

@@ -18,7 +18,7 @@ from reparam.shift import ShiftVariant
 RECIPES = Path(__file__).parent / "recipes"
 
 LinearForm = Literal["keep"] | ShiftForm
-ExpertForm = Literal["mult_fp32", "mult_int8", "shift_fp32", "shift_int8"]
+ExpertForm = Literal["mult_fp32", "mult_int8", "shift_fp32", "shift_int8", "shift_int4"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 

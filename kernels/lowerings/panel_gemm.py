@@ -156,7 +156,7 @@ def fma_panels(
     return program(body)
 
 
-def _dot_groups(target: KernelTarget, sums: Any, codes: Any, weights: Any) -> Any:
+def dot_groups(target: KernelTarget, sums: Any, codes: Any, weights: Any) -> Any:
     """``sums[16] + sum_g codes[g] * weights[16, g]``: int32 += uint8 × int8, four a lane.
 
     Args:
@@ -225,7 +225,12 @@ def _quantise_row(x: Any, row: Any, k: int, codes: Any, row_scale: Any) -> None:
         code(whole * LANES + offset, lanes)
 
 
-def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
+def dot_panels(
+    workload: Workload,
+    target: KernelTarget,
+    stored: tuple[str, int] = ("int8", LANES * DOT_GROUP),
+    decode: Callable[[Any], Any] = lambda weights: weights,
+) -> tirx.PrimFunc:
     """int8 dot products and all around them: ``main(x, w, scale, bias, offset, out)``.
 
     The rows of x are quantised once into a workspace, then multiplied as unsigned bytes; what the
@@ -234,16 +239,19 @@ def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
     Args:
         workload: An int8 linear; its m is taken from x at each launch.
         target: The CPU.
+        stored: Type of the stored weights, and how many elements make one vector of 64 weights.
+        decode: Turns these into int8x64, once a panel row and tile.
     """
     schedule = _chosen.get() or default_schedule(workload, target)
     k, n = workload.k, workload.n
     panels, groups = -(-n // PANEL), -(-k // DOT_GROUP)
-    width = LANES * DOT_GROUP
+    dtype, width = stored
+    run = LANES * DOT_GROUP
 
     def body() -> None:
         m = T.int32()
         x = argument("x", (m, k), "float32")
-        w = argument("w", (panels, groups, PANEL * DOT_GROUP), "int8")
+        w = argument("w", (panels, groups, VECTORS * width), dtype)
         scale = argument("scale", (panels * PANEL,), "float32")
         bias = argument("bias", (panels * PANEL,), "float32")
         offset = argument("offset", (panels * PANEL,), "int32")
@@ -255,6 +263,7 @@ def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
 
         def tile(rows: int, first: Any, panel: Any) -> None:
             sums = local(rows * PANEL, "int32")
+            weights = local(VECTORS * run, "int8")
             where = [
                 [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
             ]
@@ -262,11 +271,14 @@ def dot_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
                 for v in range(VECTORS):
                     T.buffer_store(sums, fill(tirx.const(0, "int32"), LANES), [where[r][v]])
             with T.serial(0, groups) as g:
+                for v in range(VECTORS):
+                    value = decode(w[panel, g, at(v * width, width)])
+                    T.buffer_store(weights, value, [at(v * run, run)])
                 for r in range(rows):
                     four = tirx.reinterpret("int32", codes[first + r, at(g * DOT_GROUP, DOT_GROUP)])
                     for v in range(VECTORS):
-                        weights = w[panel, g, at(v * width, width)]
-                        value = _dot_groups(target, sums[where[r][v]], four, weights)
+                        vector = weights[at(v * run, run)]
+                        value = dot_groups(target, sums[where[r][v]], four, vector)
                         T.buffer_store(sums, value, [where[r][v]])
             for r in range(rows):
                 vectors = []
