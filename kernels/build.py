@@ -12,6 +12,8 @@ from typing import Any
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 # The most that set_threads can ask for; TVM's own choice is half of the cores.
 os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+# About 1 ms. By default an idle worker spins for some 50 ms, on the core that torch's needs.
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "5000")
 
 import torch
 import tvm

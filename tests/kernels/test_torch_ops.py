@@ -6,7 +6,7 @@ from kernels.packing import pack_linear, quantise_rows, quantise_weight
 from kernels.reference import Operands, oracle
 from kernels.workload import attention
 
-FORMS = ["mult_fp32", "mult_int8", "shift_fp32", "shift_int8"]
+FORMS = ["mult_fp32", "mult_int8", "shift_fp32", "shift_int8", "shift_int4"]
 
 
 def _layer(form, k=20, n=12):
@@ -19,7 +19,7 @@ def _layer(form, k=20, n=12):
 def test_linear_keeps_leading_dimensions_and_agrees_with_torch(form):
     parameters, x = _layer(form), torch.randn(2, 3, 20)
     y = torch.ops.shiftadd.linear(x, list(pack_linear(parameters)), form, 12)
-    if form.endswith("int8"):
+    if "int" in form:
         codes, scale = quantise_rows(x)
         x = codes * scale
     expected = torch.nn.functional.linear(x, parameters.weight, parameters.bias)
@@ -69,3 +69,14 @@ def test_a_compiled_model_calls_the_operator_without_a_break():
 def test_kernels_are_kept():
     first = torch_ops.linear_kernel("mult_fp32", 20, 12, torch.device("cpu"))
     assert torch_ops.linear_kernel("mult_fp32", 20, 12, torch.device("cpu")) is first
+
+
+def test_a_long_sequence_of_few_heads_gives_the_same_on_two_threads():
+    q, k, v = torch.randn(1, 1500, 8), torch.randn(1, 1500, 8), torch.randn(1, 1500, 5)
+    results = []
+    for threads in (1, 2):
+        torch_ops.set_threads(threads)
+        kv = torch.ops.shiftadd.add_kv(k, v, "pm1")
+        results.append((kv, torch.ops.shiftadd.add_qkv(q, kv, "pm1")))
+    torch_ops.set_threads(1)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
