@@ -186,7 +186,7 @@ def test_state_dict_round_trips_strictly(config):
         {"attention": "hash"},
         {"mlp": "mult_int8"},
         {"experts": {"mult": "mult_int8"}},
-        {"experts": {"mult": "mult_int8", "shift": "shift_int4"}},
+        {"experts": {"mult": "mult_int8", "shift": "shift_int3"}},
         {"alphabets": "pm1"},
     ],
 )
