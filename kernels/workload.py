@@ -202,6 +202,19 @@ class Workload:
 
 
 _LINEAR = {"w_layout": "nk"}
+# ±2^0 … ±2^6 are the powers of two that an int8 weight can hold with either sign.
+_SHIFT_INT = {
+    **_LINEAR,
+    "primitive": "shift",
+    "coded": "w",
+    "alphabet": "pow2",
+    "exponent_min": -6,
+    "exponent_max": 0,
+    "x_dtype": "int8",
+    "w_dtype": "int8",
+    "acc_dtype": "int32",
+    "fused": ("bias", "quantise", "scale"),
+}
 _ADD = {
     "primitive": "add",
     "coded": "x",
@@ -248,34 +261,9 @@ FORMS: dict[str, dict[str, Any]] = {
         "w_dtype": "int8",
         "fused": ("bias", "scale"),
     },
-    # ±2^0 … ±2^6 are the powers of two an int8 weight can hold with either sign.
-    "shift_int8": {
-        **_LINEAR,
-        "primitive": "shift",
-        "coded": "w",
-        "alphabet": "pow2",
-        "code_bits": 8,
-        "exponent_min": -6,
-        "exponent_max": 0,
-        "x_dtype": "int8",
-        "w_dtype": "int8",
-        "acc_dtype": "int32",
-        "fused": ("bias", "quantise", "scale"),
-    },
-    # The same numbers as shift_int8, stored as a sign and three bits of exponent.
-    "shift_int4": {
-        **_LINEAR,
-        "primitive": "shift",
-        "coded": "w",
-        "alphabet": "pow2",
-        "code_bits": 4,
-        "exponent_min": -6,
-        "exponent_max": 0,
-        "x_dtype": "int8",
-        "w_dtype": "int8",
-        "acc_dtype": "int32",
-        "fused": ("bias", "quantise", "scale"),
-    },
+    "shift_int8": {**_SHIFT_INT, "code_bits": 8},
+    # The same numbers, stored as a sign and three bits of exponent.
+    "shift_int4": {**_SHIFT_INT, "code_bits": 4},
     "add_kv_pm1": {**_ADD, "x_layout": "km", "alphabet": "pm1"},
     "add_kv_01": {**_ADD, "x_layout": "km", "alphabet": "01"},
     "add_qkv_pm1": {**_ADD, "x_layout": "mk", "alphabet": "pm1"},

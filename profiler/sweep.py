@@ -247,19 +247,13 @@ def read_energy(launch: Callable[[], None], setting: Setting) -> EnergyReading:
 
 def failed_row(candidate: Candidate, cache: Any, setting: Setting) -> Measurement:
     """A row that says why there is no figure."""
-    return Measurement(
-        workload=candidate.workload,
-        subject=candidate.workload.label,
-        device=setting.device,
-        lowering=candidate.lowering,
-        is_baseline=candidate.is_baseline,
-        cache=cache,
-        max_abs_error=candidate.error,
-        weight_bytes=candidate.workload.weight_bytes,
-        energy_reason="no figure without a kernel",
+    return _row(
+        candidate,
+        cache,
+        setting,
         status="failed",
         reason=candidate.problem,
-        run=setting.run,
+        energy_reason="no figure without a kernel",
     )
 
 
@@ -272,6 +266,21 @@ def finished_row(
     setting: Setting,
 ) -> Measurement:
     """A row with its figures."""
+    return _row(
+        candidate,
+        cache,
+        setting,
+        **timing.columns,
+        energy_mj=energy.energy_mj,
+        energy_net_mj=energy.energy_net_mj,
+        energy_window_s=energy.window_s,
+        energy_source=energy.source,
+        energy_reason=energy.reason,
+        details=details,
+    )
+
+
+def _row(candidate: Candidate, cache: Any, setting: Setting, **figures: Any) -> Measurement:
     return Measurement(
         workload=candidate.workload,
         subject=candidate.workload.label,
@@ -279,16 +288,10 @@ def finished_row(
         lowering=candidate.lowering,
         is_baseline=candidate.is_baseline,
         cache=cache,
-        **timing.columns,
-        energy_mj=energy.energy_mj,
-        energy_net_mj=energy.energy_net_mj,
-        energy_window_s=energy.window_s,
-        energy_source=energy.source,
-        energy_reason=energy.reason,
         weight_bytes=candidate.workload.weight_bytes,
         max_abs_error=candidate.error,
         run=setting.run,
-        details=details,
+        **figures,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.packing import quantise_rows
+from kernels.packing import LinearParameters, quantise_rows
 from kernels.workload import FORMS
 
 
@@ -53,6 +53,13 @@ def coded(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     return straight_through(x * inverse, codes)
+
+
+def exported(form: str, values: Tensor, scale: Tensor, bias: Tensor | None) -> LinearParameters:
+    """Copies of a linear's parameters, without gradients, as the kernels take them."""
+    values, scale = values.detach().clone(), scale.detach().clone()
+    bias = torch.zeros_like(scale) if bias is None else bias.detach().clone()
+    return LinearParameters(form, values, scale, bias)
 
 
 def linear_as_deployed(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from kernels.packing import LinearParameters, quantise_channels
-from reparam.fake_quantise import check_form, coded, linear_as_deployed
+from reparam.fake_quantise import check_form, coded, exported, linear_as_deployed
 
 MULT_FORMS = ("mult_fp32", "mult_int8")
 
@@ -50,9 +49,7 @@ class MultLinear(nn.Module):
 
     def export(self) -> LinearParameters:
         """The parameters as the kernels take them."""
-        values, scale = (t.detach().clone() for t in self.values_and_scale())
-        bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().clone()
-        return LinearParameters(self.form, values, scale, bias)
+        return exported(self.form, *self.values_and_scale(), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and form."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.packing import LinearParameters, nearest_pow2
 from kernels.workload import FORMS
-from reparam.fake_quantise import check_form, coded, linear_as_deployed, straight_through
+from reparam.fake_quantise import check_form, coded, exported, linear_as_deployed, straight_through
 
 SHIFT_FORMS = tuple(name for name, form in FORMS.items() if form["primitive"] == "shift")
 
@@ -84,9 +84,7 @@ class ShiftLinear(nn.Module):
 
     def export(self) -> LinearParameters:
         """The parameters as the kernels take them."""
-        values, scale = (t.detach().clone() for t in self.values_and_scale())
-        bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().clone()
-        return LinearParameters(self.form, values, scale, bias)
+        return exported(self.form, *self.values_and_scale(), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, form and variant."""

@@ -100,6 +100,39 @@ def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> No
                 cut()
 
 
+def _accumulate(
+    rows: int,
+    steps: int,
+    dtype: str,
+    run: tuple[str, int],
+    load: Callable[[Any, int], Any],
+    multiply: Callable[[Any, int, Any, Any], Any],
+) -> list[list[Any]]:
+    """Sums a tile over k in registers; returns the vectors of each row.
+
+    Args:
+        rows: Rows of the tile.
+        steps: Passes over k.
+        dtype: Of the sums.
+        run: Type and length of one vector of decoded weights.
+        load: ``load(step, v)``: vector v of the weights, once for all rows.
+        multiply: ``multiply(sum, row, step, weights)``: the sum with one more step.
+    """
+    sums, weights = local(rows * PANEL, dtype), local(VECTORS * run[1], run[0])
+    where = [[at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)]
+    for r in range(rows):
+        for v in range(VECTORS):
+            T.buffer_store(sums, fill(tirx.const(0, dtype), LANES), [where[r][v]])
+    with T.serial(0, steps) as step:
+        for v in range(VECTORS):
+            T.buffer_store(weights, load(step, v), [at(v * run[1], run[1])])
+        for r in range(rows):
+            for v in range(VECTORS):
+                value = multiply(sums[where[r][v]], r, step, weights[at(v * run[1], run[1])])
+                T.buffer_store(sums, value, [where[r][v]])
+    return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(rows)]
+
+
 def fma_panels(
     workload: Workload, target: KernelTarget, w_dtype: str, decode: Callable[[Any], Any]
 ) -> tirx.PrimFunc:
@@ -125,27 +158,17 @@ def fma_panels(
         out = argument("out", (m, n), "float32")
 
         def tile(rows: int, first: Any, panel: Any) -> None:
-            sums = local(rows * PANEL)
-            weights = local(PANEL)
-            where = [
-                [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
-            ]
-            for r in range(rows):
-                for v in range(VECTORS):
-                    T.buffer_store(sums, fill(T.float32(0), LANES), [where[r][v]])
-            with T.serial(0, k) as kk:
-                for v in range(VECTORS):
-                    stored = w[panel, kk, at(v * LANES, LANES)]
-                    T.buffer_store(weights, decode(stored), [at(v * LANES, LANES)])
-                for r in range(rows):
-                    for v in range(VECTORS):
-                        product = fill(x[first + r, kk], LANES) * weights[at(v * LANES, LANES)]
-                        T.buffer_store(sums, sums[where[r][v]] + product, [where[r][v]])
+            def load(kk: Any, v: int) -> Any:
+                return decode(w[panel, kk, at(v * LANES, LANES)])
+
+            def multiply(total: Any, r: int, kk: Any, weights: Any) -> Any:
+                return total + fill(x[first + r, kk], LANES) * weights
+
+            sums = _accumulate(rows, k, "float32", ("float32", LANES), load, multiply)
             for r in range(rows):
                 vectors = []
-                for v in range(VECTORS):
+                for v, value in enumerate(sums[r]):
                     channel = at(panel * PANEL + v * LANES, LANES)
-                    value = sums[where[r][v]]
                     vectors.append(
                         (value if scale is None else value * scale[channel]) + bias[channel]
                     )
@@ -246,7 +269,6 @@ def dot_panels(
     k, n = workload.k, workload.n
     panels, groups = -(-n // PANEL), -(-k // DOT_GROUP)
     dtype, width = stored
-    run = LANES * DOT_GROUP
 
     def body() -> None:
         m = T.int32()
@@ -262,29 +284,20 @@ def dot_panels(
             _quantise_row(x, row, k, codes, row_scale)
 
         def tile(rows: int, first: Any, panel: Any) -> None:
-            sums = local(rows * PANEL, "int32")
-            weights = local(VECTORS * run, "int8")
-            where = [
-                [at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)
-            ]
-            for r in range(rows):
-                for v in range(VECTORS):
-                    T.buffer_store(sums, fill(tirx.const(0, "int32"), LANES), [where[r][v]])
-            with T.serial(0, groups) as g:
-                for v in range(VECTORS):
-                    value = decode(w[panel, g, at(v * width, width)])
-                    T.buffer_store(weights, value, [at(v * run, run)])
-                for r in range(rows):
-                    four = tirx.reinterpret("int32", codes[first + r, at(g * DOT_GROUP, DOT_GROUP)])
-                    for v in range(VECTORS):
-                        vector = weights[at(v * run, run)]
-                        value = dot_groups(target, sums[where[r][v]], four, vector)
-                        T.buffer_store(sums, value, [where[r][v]])
+            def load(g: Any, v: int) -> Any:
+                return decode(w[panel, g, at(v * width, width)])
+
+            def multiply(total: Any, r: int, g: Any, weights: Any) -> Any:
+                four = tirx.reinterpret("int32", codes[first + r, at(g * DOT_GROUP, DOT_GROUP)])
+                return dot_groups(target, total, four, weights)
+
+            run = ("int8", LANES * DOT_GROUP)
+            sums = _accumulate(rows, groups, "int32", run, load, multiply)
             for r in range(rows):
                 vectors = []
-                for v in range(VECTORS):
+                for v, value in enumerate(sums[r]):
                     channel = at(panel * PANEL + v * LANES, LANES)
-                    exact = tirx.Cast("float32x16", sums[where[r][v]] - offset[channel])
+                    exact = tirx.Cast("float32x16", value - offset[channel])
                     factor = fill(row_scale[first + r], LANES) * scale[channel]
                     vectors.append(exact * factor + bias[channel])
                 _store_row(out, first + r, panel, n, vectors)
