@@ -117,7 +117,7 @@ def _variant_table(results: FinetuneResults) -> Table:
             "difference, points",
             "top-1 trained",
             "latency, measured",
-            "original ÷ it",
+            "fastest original ÷ it",
             "weight bytes",
             "energy",
         ),

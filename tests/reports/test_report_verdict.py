@@ -104,3 +104,18 @@ def test_kernels_pay_as_a_whole_only_where_every_product_does():
     rows = [row for row in measurements() if row.workload]
     verdict = decide(run_of(rows))
     assert verdict.status == "mixed" and "add in 4 of 4 attention products" in verdict.headline
+
+
+def test_the_verdict_is_against_the_fastest_form_of_the_original():
+    found = results({"moe": 2.0})
+    original = found.variants[0]
+    compiled = original.model_copy(
+        update={
+            "name": "original_compiled",
+            "latency_ms": interval(1.0, 0.01),
+        }
+    )
+    faster = found.model_copy(update={"variants": [original, compiled, *found.variants[1:]]})
+    verdict = decide(run_of(found=faster))
+    assert verdict.status == "does not pay"
+    assert "original under torch.compile" in verdict.headline
