@@ -126,14 +126,37 @@ def _counts(layer: MoEMlp) -> dict[str, int]:
     return dict(zip(layer.experts, layer.routing.counts.tolist()))
 
 
-@torch.no_grad()
 def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Size]]:
-    """Shapes of the inputs of each converted layer, from one forward pass in evaluation mode."""
-    shapes: dict[str, list[torch.Size]] = {}
+    """Shapes of the inputs of each converted layer."""
     inside_moe = tuple(f"{fqn}." for fqn, _ in moe_layers(model))
     inside_attention = tuple(
         f"{fqn}." for fqn, module in model.named_modules() if isinstance(module, AddAttention)
     )
+
+    def is_converted(fqn: str, module: nn.Module) -> bool:
+        if fqn.startswith(inside_moe):
+            return False
+        plain = isinstance(module, nn.Linear) and fqn.startswith(inside_attention)
+        return plain or isinstance(module, AddProducts | MoEMlp | ShiftLinear | MultLinear)
+
+    return input_shapes(model, example, is_converted)
+
+
+@torch.no_grad()
+def input_shapes(
+    model: nn.Module, example: Tensor, chosen: Callable[[str, nn.Module], bool]
+) -> dict[str, list[torch.Size]]:
+    """Shapes of the tensors that modules receive in one forward pass in evaluation mode.
+
+    Args:
+        model: Left in the mode that it was in.
+        example: Its input.
+        chosen: ``chosen(fqn, module)``: which modules to look at.
+
+    Returns:
+        By qualified name; a module that the example did not pass through is absent.
+    """
+    shapes: dict[str, list[torch.Size]] = {}
 
     def note(fqn: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -144,9 +167,7 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Siz
     handles = [
         module.register_forward_pre_hook(note(fqn))
         for fqn, module in model.named_modules()
-        if isinstance(module, AddProducts | MoEMlp | ShiftLinear | MultLinear)
-        or (isinstance(module, nn.Linear) and fqn.startswith(inside_attention))
-        if not fqn.startswith(inside_moe)
+        if chosen(fqn, module)
     ]
     training = model.training
     try:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cost_models.operation_energy import operation_energy
 from kernels.workload import Workload, linear
 from reparam.add_attention import AddAttention, is_softmax_attention
-from reparam.expert_latency import layer_workloads
+from reparam.expert_latency import input_shapes, layer_workloads
 from reparam.moe import MoEMlp
 
 COVERS = "modelled: arithmetic and memory traffic of all linears and attention products, no more"
@@ -50,39 +49,27 @@ def softmax_attention(b: int, tokens: int, keys: int, head_dim: int) -> tuple[Wo
     )
 
 
-@torch.no_grad()
 def _unconverted(model: nn.Module, example: Tensor) -> list[Workload]:
     """Workloads of the plain linears and softmax attentions outside converted layers."""
-    found: list[Workload] = []
     inside = tuple(
         f"{fqn}." for fqn, part in model.named_modules() if isinstance(part, AddAttention | MoEMlp)
     )
 
-    def see_linear(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        tokens = inputs[0].shape[:-1].numel()
-        found.append(linear("mult_fp32", tokens, module.in_features, module.out_features))
+    def is_unconverted(fqn: str, part: nn.Module) -> bool:
+        plain = type(part) is nn.Linear and not fqn.startswith(inside)
+        return plain or is_softmax_attention(part)
 
-    def see_attention(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        batch, tokens, width = inputs[0].shape
+    found: list[Workload] = []
+    for fqn, (shape, *_) in input_shapes(model, example, is_unconverted).items():
+        part: Any = model.get_submodule(fqn)
+        if isinstance(part, nn.Linear):
+            tokens = shape[:-1].numel()
+            found.append(linear("mult_fp32", tokens, part.in_features, part.out_features))
+            continue
+        batch, tokens, width = shape
         # PVT's spatial reduction divides both sides of the image for the keys.
-        keys = max(1, tokens // int(getattr(module, "sr_ratio", 1)) ** 2)
-        heads = module.num_heads
-        found.extend(softmax_attention(batch * heads, tokens, keys, width // heads))
-
-    handles = []
-    for fqn, part in model.named_modules():
-        see: Callable | None = None
-        if type(part) is nn.Linear and not fqn.startswith(inside):
-            see = see_linear
-        elif is_softmax_attention(part):
-            see = see_attention
-        if see is not None:
-            handles.append(part.register_forward_pre_hook(see))
-    training = model.training
-    try:
-        model.eval()(example)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+        keys = max(1, tokens // int(getattr(part, "sr_ratio", 1)) ** 2)
+        found.extend(
+            softmax_attention(batch * part.num_heads, tokens, keys, width // part.num_heads)
+        )
     return found

@@ -1,14 +1,12 @@
 """Energy against simulated devices whose true joules are known; no real reading is taken."""
 
-import random
 import time
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_gpu import QUICK, SimulatedGpu
 
-from profiler.command_line import BadInput
 from profiler.device import DeviceInfo
 from profiler.energy import (
     EnergyReading,
@@ -19,79 +17,10 @@ from profiler.energy import (
     find_meter,
     measure_energy,
 )
-from profiler.energy_trace import ReplayMeter, Trace, load_trace, save_trace
 from profiler.nvml import Power, Unavailable
 
 CUDA = DeviceInfo(kind="cuda", name="simulated", uuid="GPU-0")
 CPU = DeviceInfo(kind="cpu", name="simulated", threads=1)
-QUICK = EnergySettings(windows=2, window_s=2.0, idle_s=0.5)
-
-
-@dataclass
-class SimulatedGpu:
-    """A GPU in simulated time, and the probe that reads it.
-
-    Its counter shows the true energy as of the last of its updates, which come every 20 to
-    100 ms, and costs time to read.
-    """
-
-    launch_s: float = 1e-4
-    idle_w: float = 60.0
-    load_w: float = 300.0
-    update_s: tuple[float, float] = (0.02, 0.1)
-    read_s: float = 1e-3
-    fails_at_s: float = float("inf")
-    others: tuple[int, ...] = ()
-    is_mig: bool = False
-    power_kind: str = "instant"
-    has_counter: bool = True
-    now_s: float = 0.0
-    launched: int = 0
-    true_mj: float = 5e6
-    shown_mj: float = 5e6
-    next_update_s: float = 0.0
-    rng: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def pass_time(self, seconds: float, watts: float) -> None:
-        end_s = self.now_s + seconds
-        while self.next_update_s <= end_s:
-            self.true_mj += max(0.0, self.next_update_s - self.now_s) * watts * 1e3
-            self.now_s = max(self.now_s, self.next_update_s)
-            self.shown_mj = round(self.true_mj)
-            self.next_update_s += self.rng.uniform(*self.update_s)
-        self.true_mj += (end_s - self.now_s) * watts * 1e3
-        self.now_s = end_s
-
-    def launch(self, number: int) -> None:
-        self.launched += number
-        self.pass_time(number * self.launch_s, self.load_w)
-
-    def sleep(self, seconds: float) -> None:
-        self.pass_time(seconds, self.idle_w)
-
-    def clock(self) -> float:
-        return self.now_s
-
-    def energy_mj(self) -> float:
-        if not self.has_counter:
-            raise Unavailable("energy counter: not supported by this GPU")
-        if self.now_s >= self.fails_at_s:
-            raise Unavailable("energy counter: the GPU was lost")
-        self.pass_time(self.read_s, self.idle_w)
-        return self.shown_mj
-
-    def power(self) -> Power:
-        return Power(self.load_w, self.power_kind)
-
-    def mig(self) -> bool:
-        return self.is_mig
-
-    def other_processes(self) -> tuple[int, ...]:
-        return self.others
-
-    def measure(self, meter=None, how=QUICK) -> EnergyReading:
-        meter = meter or NvmlCounterMeter(self)
-        return measure_energy(self.launch, meter, how, self.clock, self.sleep, rng=random.Random(1))
 
 
 def nothing(number: int) -> None:
@@ -357,69 +286,3 @@ def test_a_gpu_without_uuid_or_driver_has_no_meter():
 
     with pytest.raises(Unavailable, match=r"^no NVIDIA driver$"):
         find_meter(CUDA, NoDriver())
-
-
-# Traces
-
-
-def generated_trace(kind: str, seconds: float = 60.0, watts: float = 200.0) -> Trace:
-    """A made-up trace of constant power, read every 50 ms. Recorded from no device."""
-    t_s = tuple(step * 0.05 for step in range(round(seconds / 0.05) + 1))
-    if kind == "power_w":
-        return Trace("generated", t_s, power_w=(watts,) * len(t_s))
-    return Trace("generated", t_s, energy_mj=tuple(7e4 + watts * t * 1e3 for t in t_s))
-
-
-@pytest.mark.parametrize("kind", ["energy_mj", "power_w"])
-def test_a_replayed_trace_yields_its_joules(kind):
-    gpu = SimulatedGpu(launch_s=1e-3, now_s=1e4, next_update_s=1e4)
-    meter = ReplayMeter(generated_trace(kind), gpu.clock)
-    reading = gpu.measure(meter)
-    assert meter.step_s == pytest.approx(0.05)
-    assert reading.source == "replay"
-    assert reading.energy_mj == pytest.approx(200 * 1e-3 * 1e3, rel=0.01)
-
-
-def test_a_trace_that_is_too_short_leaves_no_figure():
-    gpu = SimulatedGpu()
-    reading = gpu.measure(ReplayMeter(generated_trace("energy_mj", seconds=3.0), gpu.clock))
-    assert reading == EnergyReading(reason="the trace ends after 3 s")
-
-
-@pytest.mark.parametrize("kind", ["energy_mj", "power_w"])
-def test_a_trace_survives_its_file_with_its_origin(tmp_path, kind):
-    trace = generated_trace(kind, seconds=1.0)
-    save_trace(trace, tmp_path / "trace.csv")
-    assert load_trace(tmp_path / "trace.csv") == trace
-    assert (tmp_path / "trace.csv").read_text().startswith("# energy trace, generated\n")
-
-
-HEADER = "# energy trace, recorded\nt_s,energy_mj,power_w\n"
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "line 1 must be"),
-        ("t_s,energy_mj,power_w\n0,1,\n1,2,\n", "line 1 must be"),
-        ("# energy trace, recorded\nt,e\n", "line 2 must be t_s,energy_mj,power_w"),
-        (HEADER + "0,1\n", "line 3 has 2 columns, not 3"),
-        (HEADER + "0,1,\n1,many,\n", "line 4, energy_mj: 'many' is no number"),
-        (HEADER + "0,1,\n", "at least two times"),
-        (HEADER + "0,1,\n1,,\n", "a reading for each"),
-        (HEADER + "0,1,\n0,2,\n", "times have to rise"),
-        (HEADER + "0,1,\n1,inf,\n", "have to be finite"),
-        (HEADER + "0,1,5\n1,2,5\n", "exactly one"),
-    ],
-)
-def test_a_bad_trace_is_one_line_that_names_file_and_place(tmp_path, text, message):
-    path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(BadInput, match=message) as error:
-        load_trace(path)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-
-
-def test_a_trace_that_is_not_there(tmp_path):
-    with pytest.raises(BadInput, match="cannot be read"):
-        load_trace(tmp_path / "none.csv")
