@@ -25,6 +25,7 @@ UNIT_ENERGY_PJ: dict[str, float] = {
     "add_int32": 0.1,
     "add_int8": 0.03,
     "shift_float32": 0.13,  # published for a 32-bit integer shift; scaling an exponent costs less
+    "shift_bfloat16": 0.13,  # as for float32: none is published for 16 bits
     "shift_int32": 0.13,
     "shift_int8": 0.024,
 }

@@ -5,9 +5,14 @@ Weights are converted once, outside the timing, as ours are; activations are con
 
 from __future__ import annotations
 
+import os
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+# Read when torch.compile is first used. A pool of processes would stay behind, beside the timings.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from torch import Tensor
@@ -15,7 +20,7 @@ from torch import Tensor
 from kernels.build import BuildError, Kernel
 from kernels.packing import INT8_MAX
 from kernels.reference import Operands
-from kernels.workload import Workload
+from kernels.workload import AROUND, Workload
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,14 @@ class Baseline:
         launch: ``launch(*arguments, out)``.
         exact: False where it rounds otherwise than the form declares, so that the oracle's bound
             does not apply.
+        compiled: Through ``torch.compile``, at the first launch, for these sizes and this number
+            of threads. Needs a C++ compiler.
     """
 
     pack: Callable[[Operands], tuple[Any, ...]]
     launch: Callable[..., None]
     exact: bool = True
+    compiled: bool = False
 
 
 def _weight(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -62,6 +70,16 @@ def _linear_int_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, out: 
     torch.addcmul(bias, product, largest * (1 / INT8_MAX) * scale, out=out)
 
 
+def _linear_int_mm_fused(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, out: Tensor
+) -> None:
+    """As ``_linear_int_mm`` with the result copied, since the compiler takes no ``out=``."""
+    largest = x.abs().amax(dim=1, keepdim=True)
+    codes = torch.round(x * (INT8_MAX / largest)).to(torch.int8)
+    product = torch._int_mm(codes, weight)
+    out.copy_(product * (largest * (1 / INT8_MAX) * scale) + bias)
+
+
 def _dynamic_weight(operands: Operands) -> tuple[Any, ...]:
     p = operands.parameters
     assert p is not None
@@ -76,34 +94,46 @@ def _linear_dynamic(x: Tensor, packed: object, out: Tensor) -> None:
 
 def _attention(operands: Operands) -> tuple[Tensor, ...]:
     assert operands.values is not None
-    return operands.x, operands.values
+    keys = () if operands.keys is None else (operands.keys,)
+    return operands.x, *keys, operands.values
 
 
-def _attention_launch(dtype: torch.dtype, plus_minus: bool, transpose: bool) -> Callable[..., None]:
-    one = torch.ones((), dtype=dtype)
+def _codes(x: Tensor, alphabet: str) -> Tensor:
+    if alphabet == "pm1":
+        return torch.copysign(torch.ones((), dtype=x.dtype), x)
+    return (x > 0).to(x.dtype)
 
-    def launch(x: Tensor, values: Tensor, out: Tensor) -> None:
-        codes = torch.copysign(one, x.to(dtype)) if plus_minus else (x > 0).to(dtype)
-        left = codes.transpose(1, 2) if transpose else codes
-        if dtype == torch.float32:
+
+def _attention_launch(kind: str, alphabet: str, dtype: torch.dtype) -> Callable[..., None]:
+    """One product of linear attention or both, the codes made on the way."""
+
+    def launch(x: Tensor, *others: Tensor) -> None:
+        *keys, values, out = others
+        codes, values = _codes(x.to(dtype), alphabet), values.to(dtype)
+        if keys:
+            values = torch.matmul(_codes(keys[0].to(dtype), alphabet).transpose(1, 2), values)
+        left = codes.transpose(1, 2) if kind == "kv" else codes
+        if dtype == out.dtype and not torch.compiler.is_compiling():
             torch.matmul(left, values, out=out)
         else:
-            out.copy_(torch.matmul(left, values.to(dtype)))
+            out.copy_(torch.matmul(left, values))
 
     return launch
 
 
-def _attention_pair(plus_minus: bool, transpose: bool) -> dict[str, Baseline]:
-    def in_dtype(dtype: torch.dtype, exact: bool) -> Baseline:
-        return Baseline(_attention, _attention_launch(dtype, plus_minus, transpose), exact)
-
+def _attention_baselines(kind: str, alphabet: str) -> dict[str, Baseline]:
+    in_fp32 = _attention_launch(kind, alphabet, torch.float32)
+    in_bf16 = _attention_launch(kind, alphabet, torch.bfloat16)
     return {
-        "torch.fp32": in_dtype(torch.float32, True),
-        "torch.bf16": in_dtype(torch.bfloat16, False),
+        "torch.fp32": Baseline(_attention, in_fp32),
+        "torch.bf16": Baseline(_attention, in_bf16, exact=False),
+        "torch.compile.fp32": Baseline(_attention, in_fp32, compiled=True),
+        "torch.compile.bf16": Baseline(_attention, in_bf16, exact=False, compiled=True),
     }
 
 
-# By form, then by name: torch.fp32 is torch's fp32, whatever the product.
+# By form, then by name: torch.fp32 is torch's fp32, whatever the product. Compiled linears in fp32
+# and bf16 are not among them: there is nothing to fuse, and they were 1 to 7 % slower than eager's.
 BASELINES: dict[str, dict[str, Baseline]] = {
     "mult_fp32": {
         "torch.fp32": Baseline(lambda operands: _weight(operands, torch.float32), _linear_fp32),
@@ -116,12 +146,28 @@ BASELINES: dict[str, dict[str, Baseline]] = {
     "mult_int8": {
         "torch.int8": Baseline(_int8_weight, _linear_int_mm, exact=False),
         "torch.int8_dynamic": Baseline(_dynamic_weight, _linear_dynamic, exact=False),
+        "torch.compile.int8": Baseline(
+            _int8_weight, _linear_int_mm_fused, exact=False, compiled=True
+        ),
     },
-    "add_kv_pm1": _attention_pair(plus_minus=True, transpose=True),
-    "add_kv_01": _attention_pair(plus_minus=False, transpose=True),
-    "add_qkv_pm1": _attention_pair(plus_minus=True, transpose=False),
-    "add_qkv_01": _attention_pair(plus_minus=False, transpose=False),
+    **{
+        f"add_{kind}_{alphabet}{suffix}": _attention_baselines(kind, alphabet)
+        for kind in ("kv", "qkv", "attention")
+        for alphabet in ("pm1", "01")
+        for suffix in ("", "_bf16")
+    },
 }
+
+
+def names(workload: Workload, compiled: bool) -> list[str]:
+    """Names of torch's ways to compute a workload, with or without the compiled ones.
+
+    None where a neighbour is fused around a linear: that is compared as part of a model.
+    """
+    if set(workload.fused) & set(AROUND):
+        return []
+    found = BASELINES.get(workload.form, {}).items()
+    return [name for name, known in found if compiled or not known.compiled]
 
 
 def baseline(workload: Workload, name: str) -> Kernel:
@@ -135,4 +181,18 @@ def baseline(workload: Workload, name: str) -> Kernel:
         known = ", ".join(found) or "none"
         raise BuildError(f"{name}: no baseline of {workload.form}; known: {known}")
     chosen = found[name]
-    return Kernel(workload, name, True, chosen.pack, chosen.launch, chosen.exact)
+    launch = _compile(chosen.launch) if chosen.compiled else chosen.launch
+    return Kernel(workload, name, True, chosen.pack, launch, chosen.exact)
+
+
+def _compile(launch: Callable[..., None]) -> Callable[..., None]:
+    """Compiles a function apart from all others.
+
+    What torch has compiled of one code object it looks up at each call, one after the other, and
+    from the ninth on it gives up in silence. So each kernel gets a code object of its own.
+    """
+    alone = types.FunctionType(
+        launch.__code__.replace(), launch.__globals__, launch.__name__, None, launch.__closure__
+    )
+    options: dict[str, Any] = {"cpp.threads": torch.get_num_threads()}
+    return torch.compile(alone, dynamic=False, options=options)

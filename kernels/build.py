@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 # Read once, when TVM's runtime starts. Binding its threads to cores would bind the caller's too.
@@ -20,12 +21,15 @@ import tvm
 from torch import Tensor
 from tvm import tirx
 
-from kernels.lowerings import add, cuda, mult, panel_gemm, shift
+from kernels.cuda_compiler import cuda_compiler
+from kernels.lowerings import add, cuda, cuda_add, cuda_linear, mult, panel_gemm, shift
 from kernels.packing import pack_linear
 from kernels.records import known_records, lookup
 from kernels.reference import Operands
 from kernels.targets import KernelTarget, cpu_target
-from kernels.workload import Workload
+from kernels.workload import AROUND, FORMS, Workload
+
+_GPU_ALIGNMENT = 16
 
 
 class BuildError(ValueError):
@@ -39,36 +43,98 @@ class Lowering:
     Attributes:
         target: Kind of target.
         forms: What it computes.
-        define: The program for a family.
+        define: The program for a family, by a schedule.
         schedule_space: Values of each parameter of its schedule; empty where nothing can be chosen.
         default_schedule: For a shape that nobody has tuned.
+        memory: ``memory(workload, schedule, arguments)``: tensors that a launch needs beside its
+            arguments, before the last of them, which is the output.
+        around: What of a linear's neighbours it can do as well.
+        oldest_architecture: The first ``sm_XY`` that can run it.
     """
 
     target: str
     forms: tuple[str, ...]
-    define: Callable[[Workload, KernelTarget], tirx.PrimFunc]
+    define: Callable[[Workload, KernelTarget, Mapping[str, int]], tirx.PrimFunc]
     schedule_space: Callable[[KernelTarget], dict[str, tuple[int, ...]]] = lambda target: {}
     default_schedule: Callable[[Workload, KernelTarget], dict[str, int]] = lambda w, target: {}
+    memory: Callable[..., tuple[Tensor, ...]] = lambda workload, schedule, arguments: ()
+    around: tuple[str, ...] = ()
+    oldest_architecture: int = 0
+
+    def runs_on(self, target: KernelTarget) -> bool:
+        """Whether a target of its kind has the instructions."""
+        return not self.oldest_architecture or target.architecture >= self.oldest_architecture
 
 
-_PANELS = (panel_gemm.schedule_space, panel_gemm.default_schedule)
+def _unscheduled(define: Callable[[Workload, KernelTarget], tirx.PrimFunc]) -> Callable:
+    """A definition that leaves nothing to choose."""
+    return lambda workload, target, schedule: define(workload, target)
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    """The forms of one product: both alphabets, both types."""
+    return tuple(form for form in FORMS if form.startswith(name))
+
+
+def _panels(form: str, define: Callable) -> Lowering:
+    """A linear by the CPU schedules of ``panel_gemm``."""
+    space, default = panel_gemm.schedule_space, panel_gemm.default_schedule
+    return Lowering("llvm", (form,), define, space, default, around=AROUND)
+
+
+_GROUPS = (add.schedule_space, add.default_schedule)
+_TILES = (cuda_linear.schedule_space, cuda_linear.default_schedule)
 
 LOWERINGS: dict[str, Lowering] = {
-    "mult.panels": Lowering("llvm", ("mult_fp32",), mult.panels, *_PANELS),
-    "mult.dot": Lowering("llvm", ("mult_int8",), mult.dot, *_PANELS),
-    "shift.panels": Lowering("llvm", ("shift_fp32",), shift.panels, *_PANELS),
-    "shift.dot": Lowering("llvm", ("shift_int8",), shift.dot, *_PANELS),
-    "shift.nibbles": Lowering("llvm", ("shift_int4",), shift.nibbles, *_PANELS),
-    "add.buckets": Lowering("llvm", ("add_kv_pm1", "add_kv_01"), add.buckets),
-    "add.buckets_split": Lowering("llvm", ("add_kv_pm1", "add_kv_01"), add.buckets_split),
-    "add.tables": Lowering("llvm", ("add_qkv_pm1", "add_qkv_01"), add.tables),
-    "add.tables_split": Lowering("llvm", ("add_qkv_pm1", "add_qkv_01"), add.tables_split),
-    "mult.cuda": Lowering("cuda", ("mult_fp32",), cuda.mult_panels),
-    "mult.cuda_dot": Lowering("cuda", ("mult_int8",), cuda.dot),
-    "shift.cuda": Lowering("cuda", ("shift_fp32",), cuda.shift_panels),
-    "shift.cuda_dot": Lowering("cuda", ("shift_int8",), cuda.dot),
+    "mult.panels": _panels("mult_fp32", mult.panels),
+    "mult.pairs": _panels("mult_bf16", mult.pairs),
+    "mult.dot": _panels("mult_int8", mult.dot),
+    "shift.panels": _panels("shift_fp32", shift.panels),
+    "shift.pairs": _panels("shift_bf16", shift.pairs),
+    "shift.dot": _panels("shift_int8", shift.dot),
+    "shift.planes": _panels("shift_int8_wide", shift.planes),
+    "shift.nibbles": _panels("shift_int4", shift.nibbles),
+    "add.buckets": Lowering("llvm", _forms("add_kv"), add.buckets, *_GROUPS),
+    "add.buckets_split": Lowering(
+        "llvm", _forms("add_kv"), partial(add.buckets, split=True), *_GROUPS
+    ),
+    "add.tables": Lowering("llvm", _forms("add_qkv"), add.tables, *_GROUPS),
+    "add.tables_split": Lowering(
+        "llvm", _forms("add_qkv"), partial(add.tables, split=True), *_GROUPS
+    ),
+    "add.both": Lowering("llvm", _forms("add_attention"), add.both, *_GROUPS),
+    "add.both_split": Lowering(
+        "llvm", _forms("add_attention"), partial(add.both, split=True), *_GROUPS
+    ),
+    "mult.cuda": Lowering("cuda", ("mult_fp32",), _unscheduled(cuda.mult_panels)),
+    "mult.cuda_pairs": Lowering(
+        "cuda", ("mult_bf16",), cuda_linear.bf16, *_TILES, oldest_architecture=80
+    ),
+    "mult.cuda_dot": Lowering(
+        "cuda", ("mult_int8",), cuda_linear.int8, *_TILES, cuda_linear.memory
+    ),
+    "shift.cuda": Lowering("cuda", ("shift_fp32",), _unscheduled(cuda.shift_panels)),
+    "shift.cuda_pairs": Lowering(
+        "cuda", ("shift_bf16",), cuda_linear.pow2, *_TILES, oldest_architecture=80
+    ),
+    "shift.cuda_dot": Lowering(
+        "cuda", ("shift_int8",), cuda_linear.int8, *_TILES, cuda_linear.memory
+    ),
+    "shift.cuda_nibbles": Lowering(
+        "cuda", ("shift_int4",), cuda_linear.nibbles, *_TILES, cuda_linear.memory
+    ),
+    "add.cuda_split": Lowering(
+        "cuda",
+        _forms("add_"),
+        cuda_add.product,
+        memory=cuda_add.memory,
+        oldest_architecture=80,
+    ),
+    # For GPUs whose tensor cores know no bf16.
     "add.cuda": Lowering(
-        "cuda", ("add_kv_pm1", "add_kv_01", "add_qkv_pm1", "add_qkv_01"), cuda.add_rows
+        "cuda",
+        ("add_kv_pm1", "add_kv_01", "add_qkv_pm1", "add_qkv_01"),
+        _unscheduled(cuda.add_rows),
     ),
 }
 
@@ -118,11 +184,14 @@ def set_threads(threads: int) -> None:
 
 
 def lowerings(workload: Workload, target: str = "llvm") -> list[str]:
-    """Names of our lowerings that compute a workload's form on a kind of target."""
+    """Names of our lowerings that compute a workload on a kind of target."""
+    around = set(workload.fused) & set(AROUND)
     return [
         name
         for name, lowering in LOWERINGS.items()
-        if lowering.target == target and workload.form in lowering.forms
+        if lowering.target == target
+        and workload.form in lowering.forms
+        and around <= set(lowering.around)
     ]
 
 
@@ -156,28 +225,31 @@ def compiled(
 def _compiled(
     lowering: str, family: Workload, target: KernelTarget, schedule: tuple[tuple[str, int], ...]
 ) -> tvm.runtime.Executable:
-    with panel_gemm.scheduled(dict(schedule)):
-        function = LOWERINGS[lowering].define(family, target)
+    function = LOWERINGS[lowering].define(family, target, dict(schedule))
     # It would forget which arrays belong on the stack (kernels.lowerings.emit.local).
     keep = {"tirx.disable_storage_rewrite": target.name == "llvm"}
-    with tvm.transform.PassContext(config=keep):
+    with cuda_compiler(), tvm.transform.PassContext(config=keep):
         return tvm.compile(tvm.IRModule({"main": function}), target=target.tvm)
 
 
-def _arguments(operands: Operands) -> tuple[Tensor, ...]:
+def arguments(operands: Operands) -> tuple[Tensor, ...]:
+    """What a kernel of ours is launched on, without its output: weights are packed here."""
     if operands.parameters is not None:
-        return operands.x, *pack_linear(operands.parameters)
+        beside = [t for t in (operands.norm, operands.residual) if t is not None]
+        return operands.x, *pack_linear(operands.parameters), *beside
     assert operands.values is not None
-    return operands.x, operands.values
+    keys = () if operands.keys is None else (operands.keys,)
+    return operands.x, *keys, operands.values
 
 
 def best_schedule(workload: Workload, lowering: str, target: KernelTarget) -> dict[str, int]:
     """The schedule of the nearest tuning record, else the default one."""
     threads = torch.get_num_threads() if target.name == "llvm" else 0
-    record = lookup(known_records(target.chip), workload, lowering, target.chip, threads)
+    records = known_records(target.chip)
+    record = lookup(records, workload.alone, lowering, target.chip, threads)
     if record is not None:
         return record.schedule
-    return LOWERINGS[lowering].default_schedule(workload.family, target)
+    return LOWERINGS[lowering].default_schedule(workload, target)
 
 
 def build(
@@ -200,9 +272,13 @@ def build(
     """
     target = target or cpu_target()
     known = lowerings(workload, target.name)
-    if lowering is None and not known:
-        raise BuildError(f"{workload.form}: no lowering for {target.name}")
-    lowering = lowering or known[0]
+    able = [name for name in known if LOWERINGS[name].runs_on(target)]
+    if not able:
+        raise BuildError(f"{workload.form}: no lowering for {target.name} ({target.chip})")
+    lowering = lowering or able[0]
+    if lowering in known and lowering not in able:
+        oldest = LOWERINGS[lowering].oldest_architecture
+        raise BuildError(f"{lowering}: needs sm_{oldest} or later, this is {target.chip}")
     if lowering not in known:
         names = ", ".join(known) or "none"
         raise BuildError(
@@ -211,17 +287,41 @@ def build(
     if schedule is None:
         schedule = best_schedule(workload, lowering, target)
     main = compiled(lowering, workload.family, target, schedule)["main"]
-    launch = main if workload.kind == "linear" else _also_without_tokens(main)
-    return Kernel(workload, lowering, False, _arguments, launch, schedule=schedule)
+    if target.name == "cuda":
+        memory = functools.partial(LOWERINGS[lowering].memory, workload, schedule)
+        launch = _also_without_tokens(_on_gpu(main, memory))
+    else:
+        launch = main if workload.kind == "linear" else _also_without_tokens(main)
+    return Kernel(workload, lowering, False, arguments, launch, schedule=schedule)
+
+
+def _on_gpu(
+    main: Callable[..., None], memory: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+) -> Callable[..., None]:
+    """Gives each launch memory of torch's, which a CUDA graph keeps for its replays.
+
+    It refuses addresses that a GPU would not read 16 bytes from: an error on the GPU would end all
+    further work of the process.
+    """
+
+    def launch(*arguments: Tensor) -> None:
+        for place, argument in enumerate(arguments):
+            if argument.data_ptr() % _GPU_ALIGNMENT:
+                raise ValueError(
+                    f"argument {place}: begins at no multiple of {_GPU_ALIGNMENT} bytes; clone it"
+                )
+        main(*arguments[:-1], *memory(arguments), arguments[-1])
+
+    return launch
 
 
 def _also_without_tokens(main: Callable[..., None]) -> Callable[..., None]:
     """Serves operands without elements, whose strides torch and TVM define differently."""
 
-    def launch(x: Tensor, values: Tensor, out: Tensor) -> None:
+    def launch(x: Tensor, *arguments: Tensor) -> None:
         if x.numel():
-            main(x, values, out)
+            main(x, *arguments)
         else:
-            out.zero_()
+            arguments[-1].zero_()
 
     return launch

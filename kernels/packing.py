@@ -18,7 +18,11 @@ from kernels.workload import FORMS
 PANEL = 32
 # Neighbouring inputs that one dot-product instruction consumes (vpdpbusd, sdot, dp4a).
 DOT_GROUP = 4
+# Neighbouring inputs that one bf16 dot product consumes (vdpbf16ps).
+BF16_GROUP = 2
 INT8_MAX = 127
+# Powers of two that an int8 weight can hold with either sign: 2^0 … 2^6.
+PLANE_EXPONENTS = 7
 # Codes of one vector of a dot product.
 NIBBLE_RUN = 64
 
@@ -31,7 +35,7 @@ class LinearParameters:
         form: A linear form in ``kernels.workload.FORMS``.
         values: fp32 ``(n, k)``: the weights themselves (mult_fp32), whole numbers in ±127
             (mult_int8) or ±2^p in the form's range of p (shift forms).
-        scale: fp32 ``(n,)``; ones for mult_fp32.
+        scale: fp32 ``(n,)``; ones for mult_fp32 and mult_bf16.
         bias: fp32 ``(n,)``.
     """
 
@@ -117,7 +121,8 @@ def quantise_weight(form: str, weight: Tensor, bias: Tensor | None = None) -> Li
     elif FORMS[form]["w_dtype"] == "int8":
         values, scale = quantise_channels(weight)
     else:
-        values, scale = weight, weight.new_ones(n)
+        values = weight.bfloat16().float() if FORMS[form]["w_dtype"] == "bfloat16" else weight
+        scale = weight.new_ones(n)
     return LinearParameters(form, values, scale, bias)
 
 
@@ -175,24 +180,47 @@ def pack_linear(parameters: LinearParameters) -> tuple[Tensor, ...]:
     """Packs a linear for its kernel.
 
     Returns:
-        ``(w, bias)`` for mult_fp32; ``(w, scale, bias)`` for shift_fp32; ``(w, scale, bias,
-        offset)`` for the int8 forms, where offset makes up for the unsigned activations of the
-        dot product: ``128 * sum_k w``.
+        ``(w, bias)`` for real weights; ``(w, scale, bias)`` for shift_fp32 and shift_bf16; ``(w,
+        scale, bias, offset)`` for the int8 forms, where offset makes up for the unsigned
+        activations of the dot product: ``128 * sum_k w``, for each plane in turn.
     """
     form, values = parameters.form, parameters.values
     scale, bias = pad_channels(parameters.scale), pad_channels(parameters.bias)
     if form == "mult_fp32":
         return pack_panels(values), bias
-    if form == "shift_fp32":
-        return pack_panels(pow2_to_byte(values)), scale, bias
+    if form == "mult_bf16":
+        return pack_panels(values.bfloat16().view(torch.int16), BF16_GROUP), bias
+    if form in ("shift_fp32", "shift_bf16"):
+        group = BF16_GROUP if form == "shift_bf16" else 1
+        return pack_panels(pow2_to_byte(values), group), scale, bias
     # ±2^p with p >= exponent_min is a whole number once multiplied by 2^-exponent_min.
     unit = 2.0 ** FORMS[form].get("exponent_min", 0)
-    codes = (values / unit).to(torch.int8)
-    offset = pad_channels(128 * codes.sum(dim=1, dtype=torch.int32)).to(torch.int32)
-    panels = pack_panels(codes, DOT_GROUP)
+    whole = (values / unit).to(torch.int32)
+    if form == "shift_int8_wide":
+        high = whole.abs() >= 1 << PLANE_EXPONENTS
+        planes = [whole * ~high, (whole >> PLANE_EXPONENTS) * high]
+        panels = whole_to_byte(pack_panels(whole, DOT_GROUP))
+    else:
+        planes = [whole]
+        panels = pack_panels(whole.to(torch.int8), DOT_GROUP)
+    offset = torch.cat([pad_channels(128 * plane.sum(dim=1)) for plane in planes]).to(torch.int32)
     if form == "shift_int4":
         panels = pack_nibbles(panels)
     return panels, scale * unit, bias, offset
+
+
+def whole_to_byte(whole: Tensor) -> Tensor:
+    """Encodes ±2^p, p in 0..13, as ``sign << 7 | p``.
+
+    Args:
+        whole: int32, any shape. A 0, as padding has it, is written as p = 15.
+
+    Returns:
+        int8, same shape.
+    """
+    exponent = torch.frexp(whole.abs().float()).exponent - 1
+    exponent = torch.where(whole == 0, 15, exponent)
+    return (exponent | ((whole < 0).int() << 7)).to(torch.uint8).view(torch.int8)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

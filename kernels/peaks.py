@@ -17,8 +17,8 @@ from tvm import tirx
 
 from kernels.build import set_threads
 from kernels.lowerings.emit import LANES, argument, at, fill, local, program
-from kernels.lowerings.panel_gemm import VECTORS, dot_groups, largest_tile_rows
-from kernels.packing import DOT_GROUP
+from kernels.lowerings.inner_product import Unit, bf16_dot, fma, int8_dot
+from kernels.lowerings.panel_gemm import VECTORS, largest_tile_rows
 from kernels.targets import KernelTarget, cpu_target
 
 _STEPS = 20_000
@@ -29,7 +29,7 @@ class Peak:
     """A launch and what it does.
 
     Attributes:
-        name: ``fma_fp32``, ``dot_int8`` or ``copy``.
+        name: ``fma_fp32``, ``dot_bf16``, ``dot_int8`` or ``copy``.
         unit: ``MAC`` or ``byte``.
         amount: Multiply-accumulates or bytes of one launch.
         launch: Runs once on the threads that were set.
@@ -41,56 +41,63 @@ class Peak:
     launch: Callable[[], object]
 
 
-def _accumulate(target: KernelTarget, dtype: str) -> tirx.PrimFunc:
+def _accumulate(target: KernelTarget, unit: Unit) -> tirx.PrimFunc:
     """As many sums as a micro-kernel keeps in registers, each added to ``_STEPS`` times."""
     sums_count = largest_tile_rows(target) * VECTORS
+    width = LANES * unit.group
 
     def body() -> None:
         tasks = T.int32()
-        seed = argument("seed", (tasks, LANES * DOT_GROUP), dtype)
-        out = argument("out", (tasks, LANES), "float32" if dtype == "float32" else "int32")
+        seed = argument("seed", (tasks, width), unit.weights)
+        out = argument("out", (tasks, LANES), unit.total)
         with T.parallel(0, tasks) as task:
-            total = "float32" if dtype == "float32" else "int32"
-            sums, factor = local(sums_count * LANES, total), local(LANES * DOT_GROUP, dtype)
-            T.buffer_store(factor, seed[task, at(0, LANES * DOT_GROUP)], [at(0, LANES * DOT_GROUP)])
+            sums, factor = local(sums_count * LANES, unit.total), local(width, unit.weights)
+            T.buffer_store(factor, seed[task, at(0, width)], [at(0, width)])
             for i in range(sums_count):
                 # Different from each other, lest the compiler see that one would do for all.
-                T.buffer_store(sums, fill(tirx.const(i, total), LANES), [at(i * LANES, LANES)])
+                start = fill(tirx.const(i, unit.total), LANES)
+                T.buffer_store(sums, start, [at(i * LANES, LANES)])
             with T.serial(0, _STEPS):
                 for i in range(sums_count):
                     where = at(i * LANES, LANES)
-                    if dtype == "float32":
-                        vector = factor[at(0, LANES)]
-                        T.buffer_store(sums, sums[where] * vector + vector, [where])
-                    else:
-                        weights = factor[at(0, LANES * DOT_GROUP)]
-                        four = tirx.reinterpret("int32", factor[at(0, DOT_GROUP)])
-                        value = dot_groups(target, sums[where], four, weights)
-                        T.buffer_store(sums, value, [where])
-            merged = local(LANES, total)
+                    inputs = factor[at(0, unit.group)]
+                    inputs = tirx.reinterpret("int32", inputs) if unit.group > 1 else inputs
+                    weights = factor[at(0, width)]
+                    value = unit.multiply(sums[where], fill(inputs, LANES), weights)
+                    T.buffer_store(sums, value, [where])
+            merged = local(LANES, unit.total)
             T.buffer_store(merged, sums[at(0, LANES)], [at(0, LANES)])
             for i in range(1, sums_count):
                 value = merged[at(0, LANES)] + sums[at(i * LANES, LANES)]
                 T.buffer_store(merged, value, [at(0, LANES)])
             T.buffer_store(out, merged[at(0, LANES)], [task, at(0, LANES)])
 
-    return program(body)
+    return program(body, unit.llvm)
+
+
+_UNITS: dict[str, Callable[[KernelTarget], Unit]] = {
+    "fma_fp32": lambda target: fma(),
+    "dot_bf16": bf16_dot,
+    "dot_int8": int8_dot,
+}
 
 
 @functools.cache
-def _compiled(dtype: str, target: KernelTarget) -> Callable[..., None]:
+def _compiled(name: str, target: KernelTarget) -> Callable[..., None]:
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        module = tvm.IRModule({"main": _accumulate(target, dtype)})
+        module = tvm.IRModule({"main": _accumulate(target, _UNITS[name](target))})
         return tvm.compile(module, target=target.tvm)["main"]
 
 
-def _arithmetic(name: str, dtype: str, threads: int, target: KernelTarget) -> Peak:
-    main = _compiled(dtype, target)
-    whole = torch.rand(threads, LANES * DOT_GROUP)
-    seed = whole if dtype == "float32" else (127 * whole).to(torch.int8)
-    out = torch.empty(threads, LANES, dtype=torch.float32 if dtype == "float32" else torch.int32)
-    group = 1 if dtype == "float32" else DOT_GROUP
-    macs = threads * _STEPS * largest_tile_rows(target) * VECTORS * LANES * group
+def _arithmetic(name: str, threads: int, target: KernelTarget) -> Peak:
+    unit, main = _UNITS[name](target), _compiled(name, target)
+    seed = torch.rand(threads, LANES * unit.group)
+    if unit.weights == "int16":
+        seed = seed.bfloat16().view(torch.int16)
+    elif unit.weights == "int8":
+        seed = (127 * seed).to(torch.int8)
+    out = torch.empty(threads, LANES, dtype=getattr(torch, unit.total))
+    macs = threads * _STEPS * largest_tile_rows(target) * VECTORS * LANES * unit.group
     return Peak(name, "MAC", macs, lambda: main(seed, out))
 
 
@@ -106,7 +113,6 @@ def peaks(threads: int, last_level_cache_bytes: int | None) -> list[Peak]:
     source = torch.rand((last_level_cache_bytes or 2**25) * 4 // 4)
     copy = torch.empty_like(source)
     return [
-        _arithmetic("fma_fp32", "float32", threads, target),
-        _arithmetic("dot_int8", "int8", threads, target),
+        *(_arithmetic(name, threads, target) for name in _UNITS),
         Peak("copy", "byte", 2.0 * 4 * source.numel(), lambda: copy.copy_(source)),
     ]

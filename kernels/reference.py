@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 from torch import Tensor
 
 from kernels.packing import INT8_MAX, LinearParameters, quantise_weight
 from kernels.workload import Workload
 
-_EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+_EPS = 2.0**-23
+_EPS_BF16 = 2.0**-7
 # The largest product that is checked as a whole; of a larger one, random rows.
 _WHOLE_MACS = 500_000_000
 _CHECKED_ROWS = 256
@@ -23,24 +25,33 @@ class Operands:
     """Inputs of one workload, before any packing.
 
     Attributes:
-        x: fp32. Linear ``(m, k)``; KᵀV ``(b, k, m)`` and Q(KᵀV) ``(b, m, k)``: numbers whose sign
-            is the code.
+        x: Linear ``(m, k)``; KᵀV ``(b, k, m)`` and Q(KᵀV) ``(b, m, k)``: numbers whose sign is the
+            code. As all operands in the workload's out_dtype.
         parameters: Of a linear.
-        values: Of an attention product: fp32 ``(b, k, n)``.
+        values: Of an attention product: ``(b, k, n)``; of both in one ``(b, m, n)``.
+        norm: Of a linear after a layer norm: ``(2k + 1,)``, weight, bias and epsilon.
+        residual: Of a linear that something is added to: ``(m, n)``.
+        keys: Of both attention products in one: ``(b, m, k)``, beside the queries in x.
+        weight: Of a linear: the fp32 weight ``(n, k)`` that was written in its form's alphabet.
     """
 
     x: Tensor
     parameters: LinearParameters | None = None
     values: Tensor | None = None
+    weight: Tensor | None = None
+    keys: Tensor | None = None
+    norm: Tensor | None = None
+    residual: Tensor | None = None
 
     def to(self, device: str) -> Operands:
         """The same operands on another device."""
         p = self.parameters
         if p is not None:
             moved = (p.values.to(device), p.scale.to(device), p.bias.to(device))
-            return Operands(self.x.to(device), LinearParameters(p.form, *moved))
+            return Operands(self.x.to(device), LinearParameters(p.form, *moved), weight=self.weight)
         assert self.values is not None
-        return Operands(self.x.to(device), values=self.values.to(device))
+        keys = None if self.keys is None else self.keys.to(device)
+        return Operands(self.x.to(device), values=self.values.to(device), keys=keys)
 
 
 def random_operands(workload: Workload, seed: int = 0) -> Operands:
@@ -56,11 +67,25 @@ def random_operands(workload: Workload, seed: int = 0) -> Operands:
 
     if w.kind == "linear":
         x, weight, bias = normal(w.m, w.k), normal(w.n, w.k) * w.k**-0.5, normal(w.n)
-        return Operands(x, quantise_weight(w.form, weight, bias))
-    x = normal(w.b, w.k, w.m) if w.x_layout == "km" else normal(w.b, w.m, w.k)
-    # A zero once in some million draws: ours takes its code for 0 or -1, torch's copysign for +1.
-    x.masked_fill_(x == 0, 1.0)
-    return Operands(x, values=normal(w.b, w.k, w.n))
+        norm = residual = None
+        if "layer_norm" in w.fused:
+            norm = torch.cat((1 + 0.1 * normal(w.k), 0.1 * normal(w.k), torch.tensor([1e-6])))
+        if "residual" in w.fused:
+            residual = normal(w.m, w.n)
+        parameters = quantise_weight(w.form, weight, bias)
+        return Operands(x, parameters, weight=weight, norm=norm, residual=residual)
+    dtype = getattr(torch, w.out_dtype)
+
+    def coded(*shape: int) -> Tensor:
+        x = normal(*shape).to(dtype)
+        # A zero once in some million draws: ours takes its code for 0 or -1, torch's for +1.
+        return x.masked_fill_(x == 0, 1.0)
+
+    if w.kind == "attention":
+        x, keys = coded(w.b, w.m, w.k), coded(w.b, w.m, w.k)
+        return Operands(x, values=normal(w.b, w.m, w.n).to(dtype), keys=keys)
+    x = coded(w.b, w.k, w.m) if w.x_layout == "km" else coded(w.b, w.m, w.k)
+    return Operands(x, values=normal(w.b, w.k, w.n).to(dtype))
 
 
 def _quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,9 +97,27 @@ def _quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes.astype(np.float64), largest.astype(np.float64) / INT8_MAX
 
 
-def _codes(x: np.ndarray, alphabet: str) -> np.ndarray:
-    positive = x > 0
+def _codes(x: Tensor, alphabet: str) -> np.ndarray:
+    positive = x.cpu().float().numpy() > 0
     return np.where(positive, 1.0, -1.0 if alphabet == "pm1" else 0.0)
+
+
+def _attention_oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
+    assert operands.values is not None
+    values = operands.values.cpu().double().numpy()
+    # Bucket differences pass through sums of all values, whichever the code.
+    magnitude = np.abs(values).sum(axis=1, keepdims=True)
+    terms = values.shape[1] + 8
+    if workload.kind == "attention":
+        assert operands.keys is not None
+        values = _codes(operands.keys, workload.alphabet).swapaxes(1, 2) @ values
+        magnitude, terms = workload.k * magnitude, terms + workload.k
+    codes = _codes(operands.x, workload.alphabet)
+    result = (codes.swapaxes(1, 2) if workload.x_layout == "km" else codes) @ values
+    bound = np.broadcast_to(2 * terms * _EPS * magnitude, result.shape)
+    if workload.out_dtype == "bfloat16":
+        bound = bound + _EPS_BF16 / 2 * np.abs(result)
+    return result, bound
 
 
 def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
@@ -89,32 +132,57 @@ def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarr
         shape: the standard one for a sum of k products (Higham, Accuracy and Stability of
         Numerical Algorithms, section 3.1) in the type that the workload computes in.
     """
-    x = operands.x.cpu().numpy()
     if workload.kind != "linear":
-        assert operands.values is not None
-        codes = _codes(x, workload.alphabet)
-        if workload.x_layout == "km":
-            codes = codes.swapaxes(1, 2)
-        values = operands.values.cpu().double().numpy()
-        result = codes @ values
-        # Bucket differences pass through sums of all values, whichever the code.
-        magnitude = np.broadcast_to(np.abs(values).sum(axis=1, keepdims=True), result.shape)
-        return result, 2 * (workload.k + 8) * _EPS["float32"] * magnitude
+        return _attention_oracle(workload, operands)
     parameters = operands.parameters
     assert parameters is not None
     values, scale, bias = (
         t.cpu().double().numpy() for t in (parameters.values, parameters.scale, parameters.bias)
     )
+    x = operands.x.cpu().numpy()
+    off_by = 0.0
+    if operands.norm is not None:
+        x = _normalised(x, operands.norm.cpu().double().numpy())
+        # The kernel's mean and variance are sums of k numbers.
+        off_by = (workload.k + 16) * _EPS
     if "quantise" in workload.fused:
         codes, x_scale = _quantised(x)
         product = (codes @ values.T) * x_scale * scale
+        result = product + bias
         # Sums of whole numbers are exact; only the epilogue rounds.
-        return product + bias, 8 * _EPS["float32"] * (np.abs(product) + np.abs(bias))
-    exact = x.astype(np.float64)
-    magnitude = (np.abs(exact) @ np.abs(values).T) * scale + np.abs(bias)
-    inputs = 4 * _EPS[workload.x_dtype] if workload.x_dtype != "float32" else 0.0
-    bound = ((workload.k + 8) * _EPS["float32"] + inputs) * magnitude
-    return (exact @ values.T) * scale + bias, bound
+        bound = 8 * _EPS * (np.abs(product) + np.abs(bias)) + off_by * np.abs(product)
+        if off_by:
+            # A code this close to the middle between two may come out as either.
+            exact = x / np.where(x_scale > 0, x_scale, 1)
+            undecided = np.abs(np.abs(exact - np.floor(exact)) - 0.5) < off_by * (INT8_MAX + 8)
+            bound = bound + (undecided.astype(float) @ np.abs(values).T) * x_scale * scale
+    else:
+        exact = torch.from_numpy(x).to(getattr(torch, workload.x_dtype)).double().numpy()
+        magnitude = (np.abs(exact) @ np.abs(values).T) * scale + np.abs(bias)
+        result = (exact @ values.T) * scale + bias
+        bound = ((workload.k + 8) * _EPS + off_by) * magnitude
+        if off_by and workload.x_dtype == "bfloat16":
+            # Where the fp32 number is off, its bf16 may be the neighbour.
+            bound = bound + _EPS_BF16 * magnitude
+    if "gelu" in workload.fused:
+        # Its slope is below 1.13; erf itself is good to 4e-7.
+        result, bound = _gelu(result), 1.13 * bound + 5e-7 * np.abs(result)
+    if operands.residual is not None:
+        added = operands.residual.cpu().double().numpy()
+        result, bound = result + added, bound + _EPS * (np.abs(result) + np.abs(added))
+    return result, bound
+
+
+def _normalised(x: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """Layer norm in float64, rounded to fp32."""
+    k = x.shape[1]
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + norm[2 * k])
+    return (centred / deviation * norm[:k] + norm[k : 2 * k]).astype(np.float32)
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * ndtr(x)
 
 
 def sampled(workload: Workload, operands: Operands, out: Tensor) -> tuple[Operands, Tensor]:
@@ -127,7 +195,10 @@ def sampled(workload: Workload, operands: Operands, out: Tensor) -> tuple[Operan
     )
     rows = torch.randperm(size, generator=torch.Generator().manual_seed(size))[:count]
     values = None if operands.values is None else operands.values[rows]
-    return Operands(operands.x[rows], operands.parameters, values), out[rows]
+    keys = None if operands.keys is None else operands.keys[rows]
+    residual = None if operands.residual is None else operands.residual[rows]
+    x = operands.x[rows]
+    return replace(operands, x=x, values=values, keys=keys, residual=residual), out[rows]
 
 
 def max_abs_error(workload: Workload, operands: Operands, out: Tensor) -> tuple[float, bool]:
@@ -142,3 +213,22 @@ def max_abs_error(workload: Workload, operands: Operands, out: Tensor) -> tuple[
     result, bound = oracle(workload, operands)
     error = np.abs(out.cpu().double().numpy() - result)
     return float(error.max()), bool((error <= bound + 1e-30).all())
+
+
+def relative_error(workload: Workload, operands: Operands, out: Tensor) -> float | None:
+    """How far a linear's form is from the fp32 product that it stands for.
+
+    Beside ``max_abs_error``, which asks whether a kernel computes what its form declares, this
+    says what the form itself loses by its alphabet and its types.
+
+    Returns:
+        Root mean square of the difference from ``x Wᵀ + bias`` with the weight before it was
+        written in the alphabet, over that of the product; None for attention products.
+    """
+    operands, out = sampled(workload, operands, out)
+    if operands.weight is None or operands.parameters is None or out.numel() == 0:
+        return None
+    product = operands.x.cpu().double() @ operands.weight.double().T
+    product += operands.parameters.bias.cpu().double()
+    difference = out.cpu().double() - product
+    return float(difference.square().mean().sqrt() / product.square().mean().sqrt())

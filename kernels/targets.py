@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch  # noqa: F401  (first: TVM's CUDA runtime finds libcudart where torch has loaded it)
 from tvm.target import Target, codegen
 
 CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
@@ -24,7 +25,7 @@ class KernelTarget:
         vector_registers: Architectural vector registers (CPU), 0 for CUDA.
         vector_bits: Width of one.
         dot_product: ``vpdpbusd.512`` or ``generic``: how four int8 products are summed into int32.
-        movemask: True where eight sign bits can be read in one instruction (AVX).
+        bf16_dot: True where one instruction sums products of bf16 pairs into fp32 (AVX512-BF16).
         byte_table: True where one instruction looks up 64 bytes in tables of 16 (AVX-512BW).
         triple: LLVM's name of another machine to compile for; None for this one.
     """
@@ -34,9 +35,14 @@ class KernelTarget:
     vector_registers: int = 0
     vector_bits: int = 0
     dot_product: str = "generic"
-    movemask: bool = False
     triple: str | None = None
     byte_table: bool = False
+    bf16_dot: bool = False
+
+    @property
+    def architecture(self) -> int:
+        """XY of ``sm_XY``; 0 for a CPU."""
+        return int(self.chip.removeprefix("sm_")) if self.name == "cuda" else 0
 
     @property
     def tvm(self) -> Target:
@@ -74,9 +80,10 @@ def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarg
 
     if has("avx512f"):
         dot = "vpdpbusd.512" if has("avx512vnni") else "generic"
-        return KernelTarget("llvm", chip, 32, 512, dot, True, triple, has("avx512bw"))
+        table, bf16 = has("avx512bw"), has("avx512bf16")
+        return KernelTarget("llvm", chip, 32, 512, dot, triple, table, bf16)
     if has("avx2"):
-        return KernelTarget("llvm", chip, 16, 256, "generic", True, triple)
+        return KernelTarget("llvm", chip, 16, 256, "generic", triple)
     if has("neon"):
         return KernelTarget("llvm", chip, 32, 128, triple=triple)
     return KernelTarget("llvm", chip, 16, 128, triple=triple)

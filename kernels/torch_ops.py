@@ -1,7 +1,8 @@
 """The kernels as torch operators, for deployed models.
 
-``torch.ops.shiftadd.linear``, ``.add_kv`` and ``.add_qkv`` take fp32 tensors of any number of
-tokens, also none; a kernel is built at the first call of its family and kept.
+``torch.ops.shiftadd.linear``, ``.add_kv``, ``.add_qkv`` and ``.add_attention`` take tensors of any
+number of tokens, also none; a kernel is built at the first call of its family and kept. Linears
+are fp32 in and out, the attention products fp32 or bf16.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ import torch
 from torch import Tensor
 
 from kernels.build import Kernel, build, set_threads
+from kernels.lowerings.add import LONG_TOKENS
 from kernels.targets import KernelTarget, cpu_target, cuda_target
 from kernels.workload import attention, linear
 
 __all__ = ["linear_kernel", "set_threads"]
 
-# Shorter sequences take less time than a second thread needs to wake up.
-_SPLIT_TOKENS = 512
-
 _library = torch.library.Library("shiftadd", "DEF")
 _library.define("linear(Tensor x, Tensor[] packed, str form, int n) -> Tensor")
 _library.define("add_kv(Tensor k, Tensor v, str alphabet) -> Tensor")
 _library.define("add_qkv(Tensor q, Tensor kv, str alphabet) -> Tensor")
+_library.define("add_attention(Tensor q, Tensor k, Tensor v, str alphabet) -> Tensor")
 
 
 def _target(device: torch.device) -> KernelTarget:
@@ -41,17 +41,34 @@ def linear_kernel(form: str, k: int, n: int, device: torch.device) -> Kernel:
 
 @functools.cache
 def _attention_kernel(
-    product: str, bits: int, n: int, alphabet: str, device: torch.device, split: bool
+    product: str,
+    bits: int,
+    n: int,
+    alphabet: str,
+    dtype: str,
+    device: torch.device,
+    long: bool,
+    split: bool,
 ) -> Kernel:
-    kv, qkv = attention(1, 1, bits, n, alphabet)
-    name = {"kv": "add.buckets", "qkv": "add.tables"}[product] + "_split" * split
-    lowering = name if device.type == "cpu" else None
-    return build(kv if product == "kv" else qkv, lowering, _target(device))
+    tokens = LONG_TOKENS if long else 1
+    workload = getattr(attention(1, tokens, bits, n, alphabet, dtype), product)
+    name = {"kv": "add.buckets", "qkv": "add.tables", "both": "add.both"}[product]
+    lowering = name + "_split" * split if device.type == "cpu" else None
+    return build(workload, lowering, _target(device))
 
 
-def _too_few_heads(x: Tensor) -> bool:
-    """Whether threads would idle unless each sequence is cut into chunks."""
-    return x.shape[0] < torch.get_num_threads() and x.shape[1] >= _SPLIT_TOKENS
+def _launch_attention(
+    product: str, coded: tuple[Tensor, ...], values: Tensor, out: Tensor, alphabet: str
+) -> Tensor:
+    """Runs one product on sequences cut into chunks where threads would else idle."""
+    (b, tokens, bits), n = coded[0].shape, values.shape[2]
+    long = tokens >= LONG_TOKENS
+    # A shorter sequence takes less time than a second thread needs to wake up.
+    split = long and b < torch.get_num_threads()
+    dtype = str(values.dtype).removeprefix("torch.")
+    kernel = _attention_kernel(product, bits, n, alphabet, dtype, values.device, long, split)
+    kernel.launch(*(operand.contiguous() for operand in (*coded, values)), out)
+    return out
 
 
 def _linear(x: Tensor, packed: list[Tensor], form: str, n: int) -> Tensor:
@@ -67,11 +84,7 @@ def _linear_fake(x: Tensor, packed: list[Tensor], form: str, n: int) -> Tensor:
 
 
 def _add_kv(k: Tensor, v: Tensor, alphabet: str) -> Tensor:
-    out = v.new_empty(k.shape[0], k.shape[2], v.shape[2])
-    split = _too_few_heads(k)
-    kernel = _attention_kernel("kv", k.shape[2], v.shape[2], alphabet, k.device, split)
-    kernel.launch(k.contiguous(), v.contiguous(), out)
-    return out
+    return _launch_attention("kv", (k,), v, _add_kv_fake(k, v, alphabet), alphabet)
 
 
 def _add_kv_fake(k: Tensor, v: Tensor, alphabet: str) -> Tensor:
@@ -79,21 +92,26 @@ def _add_kv_fake(k: Tensor, v: Tensor, alphabet: str) -> Tensor:
 
 
 def _add_qkv(q: Tensor, kv: Tensor, alphabet: str) -> Tensor:
-    out = kv.new_empty(q.shape[0], q.shape[1], kv.shape[2])
-    split = _too_few_heads(q)
-    kernel = _attention_kernel("qkv", q.shape[2], kv.shape[2], alphabet, q.device, split)
-    kernel.launch(q.contiguous(), kv.contiguous(), out)
-    return out
+    return _launch_attention("qkv", (q,), kv, _add_qkv_fake(q, kv, alphabet), alphabet)
 
 
 def _add_qkv_fake(q: Tensor, kv: Tensor, alphabet: str) -> Tensor:
     return kv.new_empty(q.shape[0], q.shape[1], kv.shape[2])
 
 
+def _add_attention(q: Tensor, k: Tensor, v: Tensor, alphabet: str) -> Tensor:
+    return _launch_attention("both", (q, k), v, _add_attention_fake(q, k, v, alphabet), alphabet)
+
+
+def _add_attention_fake(q: Tensor, k: Tensor, v: Tensor, alphabet: str) -> Tensor:
+    return v.new_empty(v.shape)
+
+
 for _name, _implementation, _fake in (
     ("linear", _linear, _linear_fake),
     ("add_kv", _add_kv, _add_kv_fake),
     ("add_qkv", _add_qkv, _add_qkv_fake),
+    ("add_attention", _add_attention, _add_attention_fake),
 ):
     _library.impl(_name, _implementation, "CPU")
     _library.impl(_name, _implementation, "CUDA")

@@ -5,9 +5,10 @@ Standard library only: everything in the suite may import it at no cost.
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 Primitive = Literal["mult", "shift", "add"]
 Alphabet = Literal["real", "pow2", "01", "pm1"]
@@ -39,7 +40,8 @@ class Workload:
 
     Linears have ``b = 1`` and fold the batch into ``m`` (tokens). The two products of linear
     attention have ``b = batch * heads``: in KᵀV, ``m`` is the code bits, ``k`` the tokens and
-    ``n`` the value dimension; in Q(KᵀV), ``m`` is the tokens and ``k`` the code bits.
+    ``n`` the value dimension; in Q(KᵀV), alone or with KᵀV, ``m`` is the tokens and ``k`` the code
+    bits.
 
     Attributes:
         primitive: What stands in for the multiplication: mult, shift or add.
@@ -56,7 +58,8 @@ class Workload:
         fused: Sorted names of what the kernel does beside the product: ``bias``; ``scale`` (one
             factor per output channel); ``quantise`` (x to x_dtype, one scale per row);
             ``pack`` (x to bits by its sign); ``cast`` (x to x_dtype); ``both`` (both products of
-            linear attention in one kernel).
+            linear attention in one kernel); and around any linear ``layer_norm`` (of x, first),
+            ``gelu`` (of the result) and ``residual`` (added last).
     """
 
     primitive: Primitive
@@ -83,7 +86,7 @@ class Workload:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise WorkloadError(name, f"must be a whole number of at least 1, got {size!r}")
         for name in ("primitive", "x_layout", "w_layout", "coded", "alphabet"):
-            allowed = get_args(get_type_hints(Workload)[name])
+            allowed = _allowed(name)
             if getattr(self, name) not in allowed:
                 raise WorkloadError(
                     name, f"must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
@@ -102,7 +105,9 @@ class Workload:
 
     @property
     def kind(self) -> str:
-        """``linear``, ``kv`` (KᵀV) or ``qkv`` (Q(KᵀV))."""
+        """``linear``, ``kv`` (KᵀV), ``qkv`` (Q(KᵀV)) or ``attention`` (Q(KᵀV) from Q, K and V)."""
+        if "both" in self.fused:
+            return "attention"
         if self.primitive == "add" or self.w_layout == "kn":
             return "kv" if self.x_layout == "km" else "qkv"
         return "linear"
@@ -110,8 +115,9 @@ class Workload:
     @property
     def form(self) -> str:
         """Name in FORMS of what is computed, whatever its sizes; ``custom`` if it has none."""
+        alone = self.alone
         for name, form in FORMS.items():
-            if all(getattr(self, key) == value for key, value in form.items()):
+            if all(getattr(alone, key) == value for key, value in form.items()):
                 return name
         return "custom"
 
@@ -120,8 +126,9 @@ class Workload:
         """The mathematical product, equal for all forms that can replace each other in a model."""
         shape = f"{self.b}x{self.m}x{self.k}x{self.n}"
         codes = f" {self.alphabet}" if self.kind != "linear" else ""
-        bias = " +bias" if "bias" in self.fused else ""
-        return f"{self.kind} {shape}{codes}{bias}"
+        codes += " bf16" if self.out_dtype == "bfloat16" else ""
+        beside = [name for name in ("layer_norm", "bias", "gelu", "residual") if name in self.fused]
+        return f"{self.kind} {shape}{codes}" + "".join(f" +{name}" for name in beside)
 
     @property
     def label(self) -> str:
@@ -136,12 +143,19 @@ class Workload:
     @property
     def dynamic(self) -> tuple[str, ...]:
         """The sizes that a built kernel takes from its operands at each launch."""
-        return {"linear": ("m",), "kv": ("b", "k"), "qkv": ("b", "m")}[self.kind]
+        if self.kind == "linear":
+            return ("m",)
+        return ("b", "k") if self.kind == "kv" else ("b", "m")
 
     @property
     def family(self) -> Workload:
         """This workload with its dynamic sizes set to 1: one built kernel serves them all."""
         return self.with_sizes(**dict.fromkeys(self.dynamic, 1))
+
+    @property
+    def alone(self) -> Workload:
+        """This workload without what is fused around it."""
+        return replace(self, fused=tuple(name for name in self.fused if name not in AROUND))
 
     @property
     def tokens(self) -> int:
@@ -150,8 +164,8 @@ class Workload:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the dense product."""
-        return self.b * self.m * self.k * self.n
+        """Multiply-accumulates of the dense product, or of both."""
+        return self.b * self.m * self.k * self.n * (2 if self.kind == "attention" else 1)
 
     @property
     def weight_bytes(self) -> int:
@@ -160,7 +174,8 @@ class Workload:
             return 0
         w_bits = self.code_bits if self.coded == "w" else DTYPE_BITS[self.w_dtype]
         per_channel = 4 * (("scale" in self.fused) + ("bias" in self.fused))
-        return (self.n * self.k * w_bits + 7) // 8 + self.n * per_channel
+        per_input = 8 if "layer_norm" in self.fused else 0
+        return (self.n * self.k * w_bits + 7) // 8 + self.n * per_channel + self.k * per_input
 
     @property
     def traffic_bytes(self) -> int:
@@ -171,10 +186,15 @@ class Workload:
             x_bits = self.code_bits
         if self.kind == "linear":
             w_bytes = self.weight_bytes
+        elif self.kind == "attention":
+            values = self.b * self.m * self.n * DTYPE_BITS[self.w_dtype]
+            keys = self.b * self.m * self.k * x_bits
+            w_bytes = (values + keys + 7) // 8
         else:
             w_bytes = self.b * self.k * self.n * DTYPE_BITS[self.w_dtype] // 8
         x_bytes = (self.b * self.m * self.k * x_bits + 7) // 8
-        return x_bytes + w_bytes + self.b * self.m * self.n * DTYPE_BITS[self.out_dtype] // 8
+        out_bytes = self.b * self.m * self.n * DTYPE_BITS[self.out_dtype] // 8
+        return x_bytes + w_bytes + out_bytes * (2 if "residual" in self.fused else 1)
 
     def with_sizes(self, **sizes: int) -> Workload:
         """The same form at other sizes."""
@@ -201,6 +221,12 @@ class Workload:
         return cls(**{**data, "fused": tuple(data.get("fused", ()))})
 
 
+@functools.cache
+def _allowed(name: str) -> tuple[str, ...]:
+    """Values of a field whose type is a Literal; once, since it takes longer than all the rest."""
+    return get_args(get_type_hints(Workload)[name])
+
+
 _LINEAR = {"w_layout": "nk"}
 # ±2^0 … ±2^6 are the powers of two that an int8 weight can hold with either sign.
 _SHIFT_INT = {
@@ -220,9 +246,13 @@ _ADD = {
     "coded": "x",
     "code_bits": 1,
     "x_dtype": "bit",
+    "w_dtype": "float32",
+    "out_dtype": "float32",
     "w_layout": "kn",
     "fused": ("pack",),
 }
+_BOTH = {"x_layout": "mk", "fused": ("both", "pack")}
+_BF16 = {"w_dtype": "bfloat16", "out_dtype": "bfloat16"}
 
 # What can be computed, apart from its sizes. A sweep, a recipe and a table speak these names.
 FORMS: dict[str, dict[str, Any]] = {
@@ -261,17 +291,45 @@ FORMS: dict[str, dict[str, Any]] = {
         "w_dtype": "int8",
         "fused": ("bias", "scale"),
     },
+    # The same codes on bf16 activations, in which they are exact as well.
+    "shift_bf16": {
+        **_LINEAR,
+        "primitive": "shift",
+        "coded": "w",
+        "alphabet": "pow2",
+        "code_bits": 8,
+        "exponent_min": -15,
+        "exponent_max": 0,
+        "x_dtype": "bfloat16",
+        "w_dtype": "int8",
+        "fused": ("bias", "cast", "scale"),
+    },
     "shift_int8": {**_SHIFT_INT, "code_bits": 8},
+    # Twice the range, by two products: of the small powers and of the large ones.
+    "shift_int8_wide": {**_SHIFT_INT, "code_bits": 8, "exponent_min": -13},
     # The same numbers, stored as a sign and three bits of exponent.
     "shift_int4": {**_SHIFT_INT, "code_bits": 4},
     "add_kv_pm1": {**_ADD, "x_layout": "km", "alphabet": "pm1"},
     "add_kv_01": {**_ADD, "x_layout": "km", "alphabet": "01"},
     "add_qkv_pm1": {**_ADD, "x_layout": "mk", "alphabet": "pm1"},
     "add_qkv_01": {**_ADD, "x_layout": "mk", "alphabet": "01"},
+    "add_attention_pm1": {**_ADD, **_BOTH, "alphabet": "pm1"},
+    "add_attention_01": {**_ADD, **_BOTH, "alphabet": "01"},
+    # Queries, keys, values and result in bf16; the sums still in fp32.
+    "add_kv_pm1_bf16": {**_ADD, **_BF16, "x_layout": "km", "alphabet": "pm1"},
+    "add_kv_01_bf16": {**_ADD, **_BF16, "x_layout": "km", "alphabet": "01"},
+    "add_qkv_pm1_bf16": {**_ADD, **_BF16, "x_layout": "mk", "alphabet": "pm1"},
+    "add_qkv_01_bf16": {**_ADD, **_BF16, "x_layout": "mk", "alphabet": "01"},
+    "add_attention_pm1_bf16": {**_ADD, **_BOTH, **_BF16, "alphabet": "pm1"},
+    "add_attention_01_bf16": {**_ADD, **_BOTH, **_BF16, "alphabet": "01"},
 }
 
 
-def linear(form: str, m: int, k: int, n: int) -> Workload:
+# What may be fused around any linear form without making another form of it.
+AROUND = ("layer_norm", "gelu", "residual")
+
+
+def linear(form: str, m: int, k: int, n: int, around: tuple[str, ...] = ()) -> Workload:
     """Workload of a linear layer: x ``(m, k)`` times W ``(n, k)`` transposed, plus bias ``(n,)``.
 
     Args:
@@ -279,20 +337,33 @@ def linear(form: str, m: int, k: int, n: int) -> Workload:
         m: Tokens (batch folded in).
         k: Input features.
         n: Output features.
+        around: Names in AROUND: what of its neighbours the kernel does as well.
 
     Raises:
-        WorkloadError: On an unknown form or a size below 1.
+        WorkloadError: On an unknown form or name, or a size below 1.
     """
     if form not in FORMS or FORMS[form]["w_layout"] != "nk":
         names = ", ".join(name for name, f in FORMS.items() if f["w_layout"] == "nk")
         raise WorkloadError("form", f"{form!r} is no linear form; known: {names}")
-    return Workload(m=m, k=k, n=n, **FORMS[form])
+    for name in around:
+        if name not in AROUND:
+            raise WorkloadError("around", f"{name!r} is none of {', '.join(AROUND)}")
+    fused = (*FORMS[form]["fused"], *around)
+    return Workload(m=m, k=k, n=n, **{**FORMS[form], "fused": fused})
+
+
+class AttentionForms(NamedTuple):
+    """The products of linear attention: KᵀV, Q(KᵀV), and the two in one."""
+
+    kv: Workload
+    qkv: Workload
+    both: Workload
 
 
 def attention(
-    b: int, tokens: int, bits: int, n: int, alphabet: str = "pm1"
-) -> tuple[Workload, Workload]:
-    """The two products of linear attention with binary codes: KᵀV and Q(KᵀV).
+    b: int, tokens: int, bits: int, n: int, alphabet: str = "pm1", dtype: str = "float32"
+) -> AttentionForms:
+    """The products of linear attention with binary codes.
 
     Args:
         b: Batch × heads.
@@ -300,13 +371,18 @@ def attention(
         bits: Code bits of a query or a key.
         n: Value dimension of a head.
         alphabet: ``pm1`` for ±1 codes, ``01`` for {0, 1}.
+        dtype: ``float32`` or ``bfloat16``: of queries, keys, values and result.
 
     Raises:
-        WorkloadError: On an unknown alphabet or a size below 1.
+        WorkloadError: On an unknown alphabet or type, or a size below 1.
     """
     if f"add_kv_{alphabet}" not in FORMS:
         raise WorkloadError("alphabet", f"{alphabet!r} is no binary alphabet; known: pm1, 01")
-    return (
-        Workload(b=b, m=bits, k=tokens, n=n, **FORMS[f"add_kv_{alphabet}"]),
-        Workload(b=b, m=tokens, k=bits, n=n, **FORMS[f"add_qkv_{alphabet}"]),
+    if dtype not in ("float32", "bfloat16"):
+        raise WorkloadError("dtype", f"{dtype!r} is none of float32, bfloat16")
+    name = alphabet + ("_bf16" if dtype == "bfloat16" else "")
+    return AttentionForms(
+        kv=Workload(b=b, m=bits, k=tokens, n=n, **FORMS[f"add_kv_{name}"]),
+        qkv=Workload(b=b, m=tokens, k=bits, n=n, **FORMS[f"add_qkv_{name}"]),
+        both=Workload(b=b, m=tokens, k=bits, n=n, **FORMS[f"add_attention_{name}"]),
     )

@@ -39,7 +39,7 @@ class DeployedLinear(nn.Module):
 
 
 class DeployedAddProducts(nn.Module):
-    """Q(KᵀV) by additions alone, the codes packed inside the kernels."""
+    """Q(KᵀV) by additions alone in one kernel, which packs the codes itself."""
 
     def __init__(self, alphabet: str) -> None:
         super().__init__()
@@ -47,8 +47,7 @@ class DeployedAddProducts(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As ``AddProducts``: q, k ``(b, tokens, bits)``, v ``(b, tokens, n)``."""
-        kv = torch.ops.shiftadd.add_kv(k, v, self.alphabet)
-        return torch.ops.shiftadd.add_qkv(q, kv, self.alphabet)
+        return torch.ops.shiftadd.add_attention(q, k, v, self.alphabet)
 
 
 class DeployedMoE(nn.Module):

@@ -74,7 +74,7 @@ def layer_workloads(
             ``example``. An expert without tokens has no workload.
 
     Returns:
-        By qualified name: one workload for a linear, KᵀV and Q(KᵀV) for the products of an
+        By qualified name: one workload for a linear, one for both products of an
         attention, the router and the linears of all experts for an MoE layer. A layer that the
         example did not pass through is absent.
     """
@@ -84,7 +84,7 @@ def layer_workloads(
         module = model.get_submodule(fqn)
         if isinstance(module, AddProducts):
             (b, tokens, bits), (_, _, n) = inputs[0], inputs[2]
-            workloads[fqn] = list(attention(b, tokens, bits, n, module.alphabet))
+            workloads[fqn] = [attention(b, tokens, bits, n, module.alphabet).both]
         elif isinstance(module, MoEMlp):
             counts = expert_tokens[fqn] if expert_tokens is not None else _counts(module)
             workloads[fqn] = _linears(module.router, _tokens(inputs[0])) + [

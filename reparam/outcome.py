@@ -50,11 +50,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured costs of all models by name, and why a model has none."""
+    """Measured costs of all models by name, and why a model has none.
+
+    Attributes:
+        parameters: Of the trained forms; deployment packs them.
+        image_size: Pixels along a side.
+    """
 
     timings: Mapping[str, Timing]
     energies: Mapping[str, EnergyReading]
     reasons: Mapping[str, str]
+    parameters: Mapping[str, int]
+    image_size: int
 
 
 def evaluate_candidates(
@@ -88,7 +95,12 @@ def evaluate_candidates(
         )
     set_threads(device.threads)
     console.print("measuring all models, interleaved")
-    costs = _measure({"original": original.model, **deployed}, example, device)
+    parameters = {
+        candidate.name: sum(weight.numel() for weight in candidate.model.parameters())
+        for candidate in candidates
+    }
+    parameters[COMPILED] = parameters[original.name]
+    costs = _measure({"original": original.model, **deployed}, example, device, parameters)
     modelled = {
         candidate.name: modelled_energy_mj(candidate.model, example) for candidate in candidates
     }
@@ -159,7 +171,9 @@ def _dispatch(
     )
 
 
-def _measure(models: dict[str, nn.Module], example: Tensor, device: DeviceInfo) -> Costs:
+def _measure(
+    models: dict[str, nn.Module], example: Tensor, device: DeviceInfo, parameters: dict[str, int]
+) -> Costs:
     baseline, reason = compiled(models["original"], example)
     reasons = {} if baseline is not None else {COMPILED: reason}
     if baseline is not None:
@@ -167,7 +181,7 @@ def _measure(models: dict[str, nn.Module], example: Tensor, device: DeviceInfo) 
     timings = measure_latencies(models, example)
     energies = measure_energies(models, example, device)
     reasons |= {name: timing.reason for name, timing in timings.items() if timing.reason}
-    return Costs(timings, energies, reasons)
+    return Costs(timings, energies, reasons, parameters, example.shape[-1])
 
 
 def _with_costs(result: VariantResult, costs: Costs, modelled_mj: float) -> VariantResult:
@@ -216,6 +230,8 @@ def rows_of(results: FinetuneResults, costs: Costs) -> Iterator[Measurement]:
             details={
                 "model": results.model,
                 "batch": results.deploy_batch,
+                "image_size": costs.image_size,
+                "parameters": costs.parameters[variant.name],
                 "top1": (variant.deployed_top1 or variant.top1).value,
                 **{
                     f"share.{layer.layer}.{expert}": share

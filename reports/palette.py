@@ -28,11 +28,16 @@ FORM_MARKS = {
     "mult_bf16": (BLUE, "s"),
     "mult_int8": (BLUE, "D"),
     "shift_fp32": (VERMILLION, "o"),
+    "shift_bf16": (VERMILLION, "s"),
     "shift_int8": (VERMILLION, "D"),
+    "shift_int8_wide": (VERMILLION, "p"),
+    "shift_int4": (VERMILLION, "*"),
     "add_kv_pm1": (GREEN, "o"),
     "add_kv_01": (GREEN, "s"),
     "add_qkv_pm1": (GREEN, "^"),
     "add_qkv_01": (GREEN, "v"),
+    "add_attention_pm1": (GREEN, "D"),
+    "add_attention_01": (GREEN, "d"),
 }
 OUTCOME_MARKS = {
     "pays": (BLUE, "^", "ours is faster"),

@@ -1,8 +1,9 @@
 """Products with binary codes by additions: the method of the Four Russians, on rows.
 
-Codes are the signs of fp32 queries or keys, read in nibbles. KᵀV drops each value row into one of
-16 buckets a nibble and combines the buckets once; Q(KᵀV) tabulates the 16 subset sums of each
-four rows once and then adds one table row a nibble and token.
+Codes are the signs of queries or keys, read in groups of a few bits. KᵀV drops each value row into
+one of the buckets of each group and combines the buckets once; Q(KᵀV) tabulates the subset sums of
+each group's rows once and then adds one table row a group and token. A group of g bits has 2^g
+buckets or sums: more bits, fewer additions a token, and more to combine or to tabulate.
 
 Source:
     V. L. Arlazarov, E. A. Dinic, M. A. Kronrod, I. A. Faradzev (1970), as used for matrix
@@ -11,162 +12,146 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import argument, at, fill, local, program, spans
+from kernels.lowerings.code_groups import Group, each_group, groups_of, row_count, token_codes
+from kernels.lowerings.emit import (
+    LANES,
+    SIGN_BITS,
+    argument,
+    at,
+    bf16_bits,
+    fill,
+    local,
+    program,
+    spans,
+    vector_type,
+    widened,
+)
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
-NIBBLE = 4
-SUBSETS = 1 << NIBBLE
-# A chunk's own buckets and tables cost some 20 tokens' worth of additions.
+GROUP_BITS = (4, 6, 8)
+# From here on, groups of six bits repay their 64 buckets or sums each. Those of eight bits leave
+# the first level of the caches, and were slower for 16-bit codes at every length tried.
+LONG_TOKENS = 512
+# A chunk's own buckets and tables cost some 20 to 300 tokens' worth of additions.
 CHUNK_TOKENS = 1024
 MOST_CHUNKS = 16
+
+
+def schedule_space(target: KernelTarget) -> dict[str, tuple[int, ...]]:
+    """What may be chosen: ``group_bits``, the most bits of a group."""
+    return {"group_bits": GROUP_BITS}
+
+
+def default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]:
+    """The schedule of a shape that nobody has tuned."""
+    return {"group_bits": 6 if workload.tokens >= LONG_TOKENS else 4}
 
 
 def _i32(value: int) -> Any:
     return tirx.const(value, "int32")
 
 
-def _eight_signs(target: KernelTarget, values: Any) -> Any:
-    """Bit i of the result says whether ``values[i] > 0`` (fp32x8, zeros of either sign are not)."""
-    bits = tirx.reinterpret("int32x8", values)
-    # Negative exactly where the number is not above zero: -0 and 0 included.
-    not_positive = tirx.bitwise_or(bits, bits - fill(_i32(1), 8))
-    if target.movemask:
-        signs = tirx.reinterpret("float32x8", not_positive)
-        mask = T.call_llvm_pure_intrin("int32", "llvm.x86.avx.movmsk.ps.256", signs)
-    else:
-        sign = tirx.bitwise_and(tirx.shift_right(not_positive, fill(_i32(31), 8)), fill(_i32(1), 8))
-        placed = tirx.shift_left(sign, tirx.Ramp(_i32(0), _i32(1), 8))
-        mask = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.or.v8i32", placed)
-    return tirx.bitwise_xor(mask, _i32(255))
+def _load(buffer: Any, index: list[Any], lanes: int) -> Any:
+    """A vector as fp32, of a buffer of fp32 or bf16."""
+    value = buffer[tuple(index)]
+    if buffer.dtype == "float32":
+        return value
+    return widened(tirx.reinterpret(vector_type("int16", lanes), value), lanes)
 
 
-def _signs(target: KernelTarget, source: Any, index: list[Any], offset: int, count: int) -> Any:
-    """Up to eight code bits of one token, from ``source[*index, offset:offset + count]``."""
-    if count == 8:
-        return _eight_signs(target, source[(*index, at(offset, 8))])
-    bits = _i32(0)
-    for i in range(count):
-        positive = tirx.Cast("int32", source[(*index, offset + i)] > T.float32(0))
-        bits = tirx.bitwise_or(bits, tirx.shift_left(positive, _i32(i)))
-    return bits
+def _store(buffer: Any, value: Any, index: list[Any], lanes: int) -> None:
+    if buffer.dtype != "float32":
+        value = tirx.reinterpret(vector_type("bfloat16", lanes), bf16_bits(value, lanes))
+    T.buffer_store(buffer, value, index)
 
 
-def _nibbles(target: KernelTarget, source: Any, index: list[Any], bits: int) -> list[Any]:
-    """The code of one token cut into nibbles, each kept in a register."""
-    found = []
-    for offset in range(0, bits, 8):
-        count = min(8, bits - offset)
-        byte = local(1, "int32")
-        T.buffer_store(byte, _signs(target, source, index, offset, count), [0])
-        for start in range(0, count, NIBBLE):
-            found.append(tirx.bitwise_and(tirx.shift_right(byte[0], _i32(start)), SUBSETS - 1))
-    return found
-
-
-def _each_group(bits: int, emit: Callable[[Any, int], None]) -> None:
-    """Calls ``emit(group, bits of the group)`` in a loop over whole nibbles, then for the rest."""
-    whole, rest = divmod(bits, NIBBLE)
-    if whole:
-        with T.serial(0, whole) as group:
-            emit(group, NIBBLE)
-    if rest:
-        emit(whole, rest)
-
-
-def _fill_buckets(target: KernelTarget, k: Any, v: Any, batch: Any, first: Any, last: Any) -> Any:
-    """Adds the value rows of tokens ``first..last`` to one bucket of each nibble."""
-    bits, columns = int(k.shape[2]), list(spans(int(v.shape[2])))
-    held = local((-(-bits // NIBBLE) * SUBSETS, int(v.shape[2])))
+def _fill_buckets(k: Any, v: Any, groups: list[Group], batch: Any, first: Any, last: Any) -> Any:
+    """Adds the value rows of tokens ``first..last`` to one bucket of each group."""
+    columns = list(spans(int(v.shape[2])))
+    held = local((row_count(groups), int(v.shape[2])))
     with T.serial(0, held.shape[0]) as row:
         for offset, lanes in columns:
             T.buffer_store(held, fill(T.float32(0), lanes), [row, at(offset, lanes)])
     with T.serial(0, last - first) as step:
-        t = first + step
-        for g, nibble in enumerate(_nibbles(target, k, [batch, t], bits)):
-            row = g * SUBSETS + nibble
+        token = [batch, first + step]
+        for row in token_codes(k, token, groups):
             for offset, lanes in columns:
                 where = at(offset, lanes)
-                T.buffer_store(held, held[row, where] + v[batch, t, where], [row, where])
+                value = held[row, where] + _load(v, [*token, where], lanes)
+                T.buffer_store(held, value, [row, where])
     return held
 
 
-def _combine_buckets(held: Any, bits: int, plus_minus: bool, store: Callable) -> None:
-    """Sums, for each code bit, the buckets that have it: ``store(bit, columns, value)``.
+def _combine_buckets(held: Any, groups: list[Group], plus_minus: bool, store: Callable) -> None:
+    """Sums, for each code bit, the buckets that have it: ``store(bit, where, value, lanes)``.
 
     Each bit halves the buckets: the upper half is its sum, then both halves are added up. That
-    takes 26 additions a nibble, where summing eight of sixteen for each bit takes 28 and more.
+    takes two additions a bucket, where summing half of them for each bit takes ``count / 2``.
     """
-    columns = list(spans(int(held.shape[1])))
+    sums = local((max(group.size for group in groups), LANES))
 
-    def combine(group: Any, count: int) -> None:
-        for offset, lanes in columns:
-            values, sums = local(SUBSETS * lanes), local(NIBBLE * lanes)
-            slot = [at(i * lanes, lanes) for i in range(SUBSETS)]
-            for i in range(1 << count):
-                T.buffer_store(values, held[group * SUBSETS + i, at(offset, lanes)], [slot[i]])
-            for place in reversed(range(count)):
+    def combine(group: Group) -> None:
+        for offset, lanes in spans(int(held.shape[1])):
+            where, own = at(offset, lanes), at(0, lanes)
+            for place in reversed(range(group.size)):
                 half = 1 << place
-                T.buffer_store(sums, values[slot[half]], [slot[place]])
-                for i in range(half + 1, 2 * half):
-                    T.buffer_store(sums, sums[slot[place]] + values[slot[i]], [slot[place]])
-                for i in range(half):
-                    T.buffer_store(values, values[slot[i]] + values[slot[half + i]], [slot[i]])
-            for place in range(count):
-                value = sums[slot[place]]
-                value = value + value - values[slot[0]] if plus_minus else value
-                store(group * NIBBLE + place, at(offset, lanes), value)
+                T.buffer_store(sums, fill(T.float32(0), lanes), [place, own])
+                with T.serial(0, half) as i:
+                    lower, upper = group.row + i, held[group.row + half + i, where]
+                    T.buffer_store(sums, sums[place, own] + upper, [place, own])
+                    T.buffer_store(held, held[lower, where] + upper, [lower, where])
+            for place, bit in enumerate(group.bits):
+                value = sums[place, own]
+                value = value + value - held[group.row, where] if plus_minus else value
+                store(bit, where, value, lanes)
 
-    _each_group(bits, combine)
+    each_group(groups, combine)
 
 
-def _subset_sums(kv: Any, batch: Any, plus_minus: bool) -> Any:
-    """Table of the sums (or, for ±1, signed sums) of the rows of each nibble."""
-    bits, n = int(kv.shape[1]), int(kv.shape[2])
-    table = local((-(-bits // NIBBLE) * SUBSETS, n))
+def _subset_sums(kv: Any, index: list[Any], groups: list[Group], plus_minus: bool) -> Any:
+    """Table of the sums (or, for ±1, signed sums) of the rows of each group."""
+    n = int(kv.shape[-1])
+    table, step = local((row_count(groups), n)), local(LANES)
 
-    def tabulate(group: Any, count: int) -> None:
-        rows = [group * NIBBLE + place for place in range(count)]
+    def tabulate(group: Group) -> None:
         for offset, lanes in spans(n):
-            where = at(offset, lanes)
+            where, own = at(offset, lanes), at(0, lanes)
+            rows = [_load(kv, [*index, bit, where], lanes) for bit in group.bits]
             start = fill(T.float32(0), lanes)
-            if plus_minus:
-                for row in rows:
-                    start = start - kv[batch, row, where]
-            T.buffer_store(table, start, [group * SUBSETS, where])
+            for row in rows if plus_minus else ():
+                start = start - row
+            T.buffer_store(table, start, [group.row, where])
             for place, row in enumerate(rows):
-                step = kv[batch, row, where]
-                step = step + step if plus_minus else step
-                for subset in range(1 << place):
-                    known = group * SUBSETS + subset
-                    value = table[known, where] + step
+                T.buffer_store(step, row + row if plus_minus else row, [own])
+                with T.serial(0, 1 << place) as subset:
+                    known = group.row + subset
+                    value = table[known, where] + step[own]
                     T.buffer_store(table, value, [known + (1 << place), where])
 
-    _each_group(bits, tabulate)
+    each_group(groups, tabulate)
     return table
 
 
 def _look_up(
-    target: KernelTarget, q: Any, table: Any, out: Any, batch: Any, first: Any, last: Any
+    q: Any, table: Any, groups: list[Group], out: Any, batch: Any, first: Any, last: Any
 ) -> None:
-    """Writes, for tokens ``first..last``, the sum of one table row of each nibble."""
+    """Writes, for tokens ``first..last``, the sum of one table row of each group."""
     with T.serial(0, last - first) as step:
-        t = first + step
-        nibbles = _nibbles(target, q, [batch, t], int(q.shape[2]))
+        token = [batch, first + step]
+        rows = token_codes(q, token, groups)
         for offset, lanes in spans(int(out.shape[2])):
             where = at(offset, lanes)
-            total = local(lanes)
-            T.buffer_store(total, table[nibbles[0], where], [at(0, lanes)])
-            for g, nibble in enumerate(nibbles[1:], start=1):
-                value = total[at(0, lanes)] + table[g * SUBSETS + nibble, where]
-                T.buffer_store(total, value, [at(0, lanes)])
-            T.buffer_store(out, total[at(0, lanes)], [batch, t, where])
+            total = table[rows[0], where]
+            for row in rows[1:]:
+                total = total + table[row, where]
+            _store(out, total, [*token, where], lanes)
 
 
 def _chunks(tokens: Any) -> tuple[Any, Any]:
@@ -177,90 +162,136 @@ def _chunks(tokens: Any) -> tuple[Any, Any]:
     return count, tirx.floordiv(tokens + count - 1, count)
 
 
-def _buckets(workload: Workload, target: KernelTarget, split: bool) -> tirx.PrimFunc:
-    bits, n = workload.m, workload.n
-    plus_minus = workload.alphabet == "pm1"
+def _key_value(
+    k: Any, v: Any, groups: list[Group], plus_minus: bool, out: Any, b: Any, tokens: Any
+) -> None:
+    """KᵀV with each sequence cut into chunks, whose sums are added up at the end."""
+    bits, n = int(out.shape[1]), int(out.shape[2])
+    chunks, size = _chunks(tokens)
+    parts = T.alloc_buffer((b * MOST_CHUNKS, bits, n), "float32", scope="global")
+    with T.parallel(0, b * chunks) as task:
+        batch, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
+        first = tirx.min(chunk * size, tokens)
+        held = _fill_buckets(k, v, groups, batch, first, tirx.min(first + size, tokens))
 
-    def body() -> None:
-        b, tokens = T.int32(), T.int32()
-        k = argument("k", (b, tokens, bits), "float32")
-        v = argument("v", (b, tokens, n), "float32")
-        out = argument("out", (b, bits, n), "float32")
-        if not split:
-            with T.parallel(0, b) as batch:
-                held = _fill_buckets(target, k, v, batch, _i32(0), tokens)
+        def keep(bit: Any, where: Any, value: Any, lanes: int) -> None:
+            T.buffer_store(parts, value, [batch * MOST_CHUNKS + chunk, bit, where])
 
-                def store(bit: Any, where: Any, value: Any) -> None:
-                    T.buffer_store(out, value, [batch, bit, where])
-
-                _combine_buckets(held, bits, plus_minus, store)
-            return
-        chunks, size = _chunks(tokens)
-        parts = T.alloc_buffer((b * MOST_CHUNKS, bits, n), "float32", scope="global")
-        with T.parallel(0, b * chunks) as task:
-            batch, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
-            first = tirx.min(chunk * size, tokens)
-            last = tirx.min(first + size, tokens)
-            held = _fill_buckets(target, k, v, batch, first, last)
-
-            def keep(bit: Any, where: Any, value: Any) -> None:
-                T.buffer_store(parts, value, [batch * MOST_CHUNKS + chunk, bit, where])
-
-            _combine_buckets(held, bits, plus_minus, keep)
-        with T.serial(0, b) as batch, T.serial(0, bits) as bit:
-            for offset, lanes in spans(n):
-                where = at(offset, lanes)
-                total = local(lanes)
-                T.buffer_store(total, parts[batch * MOST_CHUNKS, bit, where], [at(0, lanes)])
-                with T.serial(0, chunks - 1) as more:
-                    value = total[at(0, lanes)] + parts[batch * MOST_CHUNKS + 1 + more, bit, where]
-                    T.buffer_store(total, value, [at(0, lanes)])
-                T.buffer_store(out, total[at(0, lanes)], [batch, bit, where])
-
-    return program(body)
+        _combine_buckets(held, groups, plus_minus, keep)
+    with T.serial(0, b) as batch, T.serial(0, bits) as bit:
+        for offset, lanes in spans(n):
+            where = at(offset, lanes)
+            total = local(lanes)
+            T.buffer_store(total, parts[batch * MOST_CHUNKS, bit, where], [at(0, lanes)])
+            with T.serial(0, chunks - 1) as more:
+                value = total[at(0, lanes)] + parts[batch * MOST_CHUNKS + 1 + more, bit, where]
+                T.buffer_store(total, value, [at(0, lanes)])
+            _store(out, total[at(0, lanes)], [batch, bit, where], lanes)
 
 
-def _tables(workload: Workload, target: KernelTarget, split: bool) -> tirx.PrimFunc:
-    bits, n = workload.k, workload.n
-
-    def body() -> None:
-        b, tokens = T.int32(), T.int32()
-        q = argument("q", (b, tokens, bits), "float32")
-        kv = argument("kv", (b, bits, n), "float32")
-        out = argument("out", (b, tokens, n), "float32")
-        chunks, size = _chunks(tokens) if split else (_i32(1), tokens)
-        with T.parallel(0, b * chunks) as task:
-            batch, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
-            first = tirx.min(chunk * size, tokens)
-            table = _subset_sums(kv, batch, workload.alphabet == "pm1")
-            _look_up(target, q, table, out, batch, first, tirx.min(first + size, tokens))
-
-    return program(body)
+def _query(
+    q: Any, kv: Any, groups: list[Group], plus_minus: bool, out: Any, b: Any, tokens: Any
+) -> None:
+    """Q(KᵀV) with each sequence cut into chunks, each with a table of its own."""
+    chunks, size = _chunks(tokens)
+    with T.parallel(0, b * chunks) as task:
+        batch, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
+        first = tirx.min(chunk * size, tokens)
+        table = _subset_sums(kv, [batch], groups, plus_minus)
+        _look_up(q, table, groups, out, batch, first, tirx.min(first + size, tokens))
 
 
-def buckets(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
-    """KᵀV by buckets: ``main(k, v, out)``, one task for each of batch × heads.
+def buckets(
+    workload: Workload, target: KernelTarget, schedule: Mapping[str, int], split: bool = False
+) -> tirx.PrimFunc:
+    """KᵀV by buckets: ``main(k, v, out)``.
 
     Shapes: k ``(b, tokens, bits)``, v ``(b, tokens, n)``, out ``(b, bits, n)``.
-    Batch × heads and the tokens are taken from the operands at each launch.
+
+    Args:
+        workload: Batch × heads and the tokens are taken from the operands at each launch.
+        target: The CPU.
+        schedule: Of ``schedule_space``.
+        split: Cut each sequence into chunks, for fewer heads than threads; else each of batch ×
+            heads is one task.
     """
-    return _buckets(workload, target, split=False)
+    bits, n, element = workload.m, workload.n, workload.out_dtype
+    groups, plus_minus = groups_of(bits, schedule["group_bits"]), workload.alphabet == "pm1"
+
+    def body() -> None:
+        b, tokens = T.int32(), T.int32()
+        k = argument("k", (b, tokens, bits), element)
+        v = argument("v", (b, tokens, n), element)
+        out = argument("out", (b, bits, n), element)
+        if split:
+            _key_value(k, v, groups, plus_minus, out, b, tokens)
+            return
+        with T.parallel(0, b) as batch:
+            held = _fill_buckets(k, v, groups, batch, _i32(0), tokens)
+
+            def store(bit: Any, where: Any, value: Any, lanes: int) -> None:
+                _store(out, value, [batch, bit, where], lanes)
+
+            _combine_buckets(held, groups, plus_minus, store)
+
+    return program(body, SIGN_BITS)
 
 
-def buckets_split(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
-    """As ``buckets``, with each sequence cut into chunks: for fewer heads than threads."""
-    return _buckets(workload, target, split=True)
-
-
-def tables(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
-    """Q(KᵀV) by tables: ``main(q, kv, out)``, one task for each of batch × heads.
+def tables(
+    workload: Workload, target: KernelTarget, schedule: Mapping[str, int], split: bool = False
+) -> tirx.PrimFunc:
+    """Q(KᵀV) by tables: ``main(q, kv, out)``; arguments as for ``buckets``.
 
     Shapes: q ``(b, tokens, bits)``, kv ``(b, bits, n)``, out ``(b, tokens, n)``.
-    Batch × heads and the tokens are taken from the operands at each launch.
     """
-    return _tables(workload, target, split=False)
+    bits, n, element = workload.k, workload.n, workload.out_dtype
+    groups, plus_minus = groups_of(bits, schedule["group_bits"]), workload.alphabet == "pm1"
+
+    def body() -> None:
+        b, tokens = T.int32(), T.int32()
+        q = argument("q", (b, tokens, bits), element)
+        kv = argument("kv", (b, bits, n), element)
+        out = argument("out", (b, tokens, n), element)
+        if split:
+            _query(q, kv, groups, plus_minus, out, b, tokens)
+            return
+        with T.parallel(0, b) as batch:
+            table = _subset_sums(kv, [batch], groups, plus_minus)
+            _look_up(q, table, groups, out, batch, _i32(0), tokens)
+
+    return program(body, SIGN_BITS)
 
 
-def tables_split(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
-    """As ``tables``, with each sequence cut into chunks: for fewer heads than threads."""
-    return _tables(workload, target, split=True)
+def both(
+    workload: Workload, target: KernelTarget, schedule: Mapping[str, int], split: bool = False
+) -> tirx.PrimFunc:
+    """Q(KᵀV) from Q, K and V: ``main(q, k, v, out)``; arguments as for ``buckets``.
+
+    KᵀV stays in the caches of the core that made it. Shapes as for ``buckets`` and ``tables``.
+    """
+    bits, n, element = workload.k, workload.n, workload.out_dtype
+    groups, plus_minus = groups_of(bits, schedule["group_bits"]), workload.alphabet == "pm1"
+
+    def body() -> None:
+        b, tokens = T.int32(), T.int32()
+        q = argument("q", (b, tokens, bits), element)
+        k = argument("k", (b, tokens, bits), element)
+        v = argument("v", (b, tokens, n), element)
+        out = argument("out", (b, tokens, n), element)
+        if split:
+            kv = T.alloc_buffer((b, bits, n), "float32", scope="global")
+            _key_value(k, v, groups, plus_minus, kv, b, tokens)
+            _query(q, kv, groups, plus_minus, out, b, tokens)
+            return
+        with T.parallel(0, b) as batch:
+            held = _fill_buckets(k, v, groups, batch, _i32(0), tokens)
+            own = local((bits, n))
+
+            def store(bit: Any, where: Any, value: Any, lanes: int) -> None:
+                T.buffer_store(own, value, [bit, where])
+
+            _combine_buckets(held, groups, plus_minus, store)
+            table = _subset_sums(own, [], groups, plus_minus)
+            _look_up(q, table, groups, out, batch, _i32(0), tokens)
+
+    return program(body, SIGN_BITS)

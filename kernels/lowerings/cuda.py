@@ -1,6 +1,7 @@
-"""The products for NVIDIA GPUs: one expression each, scheduled by TVM's dlight rules.
+"""Products on the ordinary cores of NVIDIA GPUs: an expression each, scheduled by TVM's dlight.
 
-The same packed weights as on the CPU. Not yet run on a GPU: compiled to cubin in the tests.
+For fp32 linears, and for attention where tensor cores know no bf16. Weights are packed as for the
+CPU. Not yet run on a GPU; see ``cuda_linear``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tvm
 from tvm import te, tirx
 from tvm.s_tir import dlight
 
-from kernels.packing import DOT_GROUP, INT8_MAX, PANEL
+from kernels.packing import PANEL
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
@@ -39,6 +40,15 @@ def _schedule(arguments: list[Any], target: KernelTarget) -> tirx.PrimFunc:
     return module["main"]
 
 
+def _sum(extent: Any, term: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``te.compute``'s function of the sum over i of ``term(i)(*place)``."""
+    if isinstance(extent, int) and extent == 1:
+        # dlight adds the bias twice to a sum of a single term.
+        return term(0)
+    i = te.reduce_axis((0, extent), name="i")
+    return lambda *place: te.sum(term(i)(*place), axis=i)
+
+
 def _fp32_linear(
     workload: Workload, target: KernelTarget, w_dtype: str, decode: Callable[[Any], Any]
 ) -> tirx.PrimFunc:
@@ -48,13 +58,11 @@ def _fp32_linear(
     w = te.placeholder((panels, k, PANEL), w_dtype, name="w")
     scale = te.placeholder((panels * PANEL,), "float32", name="scale")
     bias = te.placeholder((panels * PANEL,), "float32", name="bias")
-    kk = te.reduce_axis((0, k), name="kk")
 
-    def term(i: Any, j: Any) -> Any:
-        stored = w[tirx.floordiv(j, PANEL), kk, tirx.floormod(j, PANEL)]
-        return te.sum(x[i, kk] * decode(stored), axis=kk)
+    def term(kk: Any) -> Callable[..., Any]:
+        return lambda i, j: x[i, kk] * decode(w[j // PANEL, kk, j % PANEL])
 
-    total = te.compute((m, n), term, name="total")
+    total = te.compute((m, n), _sum(k, term), name="total")
     scaled = "scale" in workload.fused
     out = te.compute(
         (m, n), lambda i, j: total[i, j] * (scale[j] if scaled else 1.0) + bias[j], name="out"
@@ -77,40 +85,6 @@ def shift_panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
     return _fp32_linear(workload, target, "int8", decode)
 
 
-def dot(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
-    """int8 linears, mult and shift alike: quantise, multiply whole numbers, scale, add the bias."""
-    k, n = workload.k, workload.n
-    m, panels = tirx.Var("m", "int32"), -(-n // PANEL)
-    x = te.placeholder((m, k), "float32", name="x")
-    w = te.placeholder((panels, -(-k // DOT_GROUP), PANEL * DOT_GROUP), "int8", name="w")
-    scale = te.placeholder((panels * PANEL,), "float32", name="scale")
-    bias = te.placeholder((panels * PANEL,), "float32", name="bias")
-    # Only the unsigned products of x86 need it; one packing serves all targets.
-    offset = te.placeholder((panels * PANEL,), "int32", name="offset")
-    kk, kr = te.reduce_axis((0, k), name="kk"), te.reduce_axis((0, k), name="kr")
-    largest = te.compute((m,), lambda i: te.max(te.abs(x[i, kr]), axis=kr), name="largest")
-
-    def quantise(i: Any, j: Any) -> Any:
-        safe = te.max(largest[i], tirx.const(1e-38, "float32"))
-        return tirx.nearbyint(x[i, j] * (tirx.const(INT8_MAX, "float32") / safe)).astype("int8")
-
-    codes = te.compute((m, k), quantise, name="codes")
-
-    def term(i: Any, j: Any) -> Any:
-        place = tirx.floormod(j, PANEL) * DOT_GROUP + tirx.floormod(kk, DOT_GROUP)
-        weight = w[tirx.floordiv(j, PANEL), tirx.floordiv(kk, DOT_GROUP), place]
-        return te.sum(codes[i, kk].astype("int32") * weight.astype("int32"), axis=kk)
-
-    total = te.compute((m, n), term, name="total")
-
-    def finish(i: Any, j: Any) -> Any:
-        factor = largest[i] * tirx.const(1.0 / INT8_MAX, "float32") * scale[j]
-        return total[i, j].astype("float32") * factor + bias[j]
-
-    out = te.compute((m, n), finish, name="out")
-    return _schedule([x, w, scale, bias, offset, out], target)
-
-
 def add_rows(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
     """KᵀV and Q(KᵀV): each value added, subtracted or left out by the sign of its code.
 
@@ -122,20 +96,23 @@ def add_rows(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
     bits = workload.m if kv else workload.k
     source = te.placeholder((b, tokens, bits), "float32", name="source")
     values = te.placeholder((b, tokens if kv else bits, n), "float32", name="values")
-    r = te.reduce_axis((0, tokens if kv else bits), name="r")
 
-    def term(batch: Any, i: Any, j: Any) -> Any:
-        code = source[batch, r, i] if kv else source[batch, i, r]
-        bits_of_code = tirx.reinterpret("int32", code)
-        not_positive = tirx.bitwise_or(bits_of_code, bits_of_code - _i32(1))
-        value = tirx.reinterpret("int32", values[batch, r, j])
-        if workload.alphabet == "pm1":
-            signed = tirx.bitwise_xor(value, tirx.bitwise_and(not_positive, _i32(_SIGN_BIT)))
-        else:
-            # By xor: nvcc has no ~ for vectors.
-            kept = tirx.bitwise_xor(tirx.shift_right(not_positive, _i32(31)), _i32(-1))
-            signed = tirx.bitwise_and(value, kept)
-        return te.sum(tirx.reinterpret("float32", signed), axis=r)
+    def term(r: Any) -> Callable[..., Any]:
+        def signed(batch: Any, i: Any, j: Any) -> Any:
+            code = source[batch, r, i] if kv else source[batch, i, r]
+            bits_of_code = tirx.reinterpret("int32", code)
+            not_positive = tirx.bitwise_or(bits_of_code, bits_of_code - _i32(1))
+            value = tirx.reinterpret("int32", values[batch, r, j])
+            if workload.alphabet == "pm1":
+                word = tirx.bitwise_xor(value, tirx.bitwise_and(not_positive, _i32(_SIGN_BIT)))
+            else:
+                # By xor: nvcc has no ~ for vectors.
+                kept = tirx.bitwise_xor(tirx.shift_right(not_positive, _i32(31)), _i32(-1))
+                word = tirx.bitwise_and(value, kept)
+            return tirx.reinterpret("float32", word)
 
-    out = te.compute((b, bits if kv else tokens, n), term, name="out")
-    return _schedule([source, values, out], target)
+        return signed
+
+    terms = tokens if kv else bits
+    shape = (b, bits if kv else tokens, n)
+    return _schedule([source, values, te.compute(shape, _sum(terms, term), name="out")], target)

@@ -7,26 +7,42 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
-from tvm import tirx
+from tvm import DataType, tirx
+from tvm.ir import StringImm
 from tvm.script.ir_builder import IRBuilder
 
 # Widest vector that we write. LLVM splits it where registers are narrower.
 LANES = 16
 
 
-def program(body: Callable[[], None]) -> tirx.PrimFunc:
-    """Builds the function ``main`` whose arguments and statements ``body`` emits."""
+def program(body: Callable[[], None], llvm: str | None = None) -> tirx.PrimFunc:
+    """Builds the function ``main`` whose arguments and statements ``body`` emits.
+
+    Args:
+        body: Emits them.
+        llvm: Functions in LLVM's language that it calls by ``T.call_extern``.
+    """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("main")
             T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
             body()
-        return builder.get()
+        function = builder.get()
+    if llvm is None:
+        return function
+    functions = tirx.AttrStmt(
+        tirx.const(0, "int32"), "pragma_import_llvm", StringImm(llvm), function.body
+    )
+    return function.with_body(functions)
 
 
 def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
-    """Declares a buffer argument; a size may be a symbolic variable."""
-    return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+    """Declares a buffer argument; a size may be a symbolic variable.
+
+    It may begin at any element: TVM would else take every argument for aligned to 64 bytes, and a
+    slice of a tensor would end in a segmentation fault.
+    """
+    return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=DataType(dtype).itemsize)
 
 
 def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
@@ -51,6 +67,13 @@ def at(offset: Any, lanes: int) -> Any:
     return offset if lanes == 1 else tirx.Ramp(offset, 1, lanes)
 
 
+def prefetch(buffer: Any, index: list[Any]) -> None:
+    """Asks for the cache line of an element, which may lie past the end of the buffer."""
+    T.evaluate(
+        tirx.call_intrin("void", "tirx.prefetch", T.address_of(buffer[tuple(index)]), 0, 3, 1)
+    )
+
+
 def fill(value: Any, lanes: int) -> Any:
     """A vector of one value."""
     return value if lanes == 1 else T.broadcast(value, lanes)
@@ -59,6 +82,58 @@ def fill(value: Any, lanes: int) -> Any:
 def vector_type(dtype: str, lanes: int) -> str:
     """TVM's name of a vector type."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def bf16_bits(value: Any, lanes: int) -> Any:
+    """fp32 rounded to bf16, half to even, as int16 bits.
+
+    In whole numbers, for TVM's own cast goes through a function call on some targets: half of the
+    last place kept, a little less where that place is even, carries into it.
+    """
+
+    def every(number: int) -> Any:
+        return fill(tirx.const(number, "int32"), lanes)
+
+    wide = tirx.reinterpret(vector_type("int32", lanes), value)
+    last = tirx.bitwise_and(tirx.shift_right(wide, every(16)), every(1))
+    carried = tirx.shift_right(wide + last + every(0x7FFF), every(16))
+    return tirx.Cast(vector_type("int16", lanes), carried)
+
+
+def widened(bits: Any, lanes: int) -> Any:
+    """bf16 as int16 bits into fp32."""
+    wide = tirx.Cast(vector_type("int32", lanes), bits)
+    moved = tirx.shift_left(wide, fill(tirx.const(16, "int32"), lanes))
+    return tirx.reinterpret(vector_type("float32", lanes), moved)
+
+
+def sign_bits(values: Any, dtype: str, lanes: int) -> Any:
+    """int32 whose bit i says whether ``values[i] > 0``; float32, or bf16 as int16 bits.
+
+    The program must be given ``SIGN_BITS``.
+    """
+    return T.call_extern("int32", f"shiftadd_signs_{dtype}_{lanes}", values)
+
+
+def _sign_bits_function(dtype: str, lanes: int) -> str:
+    element, compare = {"float32": ("float", "fcmp ogt"), "int16": ("i16", "icmp sgt")}[dtype]
+    vector = element if lanes == 1 else f"<{lanes} x {element}>"
+    mask = "i1" if lanes == 1 else f"<{lanes} x i1>"
+    zero = "zeroinitializer" if lanes > 1 else "0.0" if dtype == "float32" else "0"
+    return f"""
+define linkonce_odr i32 @shiftadd_signs_{dtype}_{lanes}({vector} %values) alwaysinline {{
+  %positive = {compare} {vector} %values, {zero}
+  %bits = bitcast {mask} %positive to i{lanes}
+  %word = zext i{lanes} %bits to i32
+  ret i32 %word
+}}
+"""
+
+
+# In LLVM's language, since TVM has no word for the step from a vector of truths to a number.
+SIGN_BITS = "".join(
+    _sign_bits_function(dtype, 1 << power) for dtype in ("float32", "int16") for power in range(5)
+)
 
 
 def spans(width: int, widest: int = LANES) -> Iterator[tuple[int, int]]:
@@ -104,3 +179,54 @@ def tiles(rows: Any, panels: int, tile_rows: int, panels_outer: bool, emit_tile:
                 for condition, offset, block in row_blocks(rows - first, tile_rows):
                     with T.If(condition), T.Then():
                         emit_tile(block, first + offset, panel)
+
+
+# erf(x) = x * P(x²) / Q(x²) for |x| <= 4, beyond which erf is 1 in fp32. Minimax in the relative
+# error (2.8e-8 in exact arithmetic, 4e-7 absolute in fp32), by linear programming.
+_ERF_LIMIT = 4.0
+_ERF_P = (
+    1.1283791392723093,
+    0.1935199774813859,
+    0.0530984303447896,
+    0.003882401887158593,
+    0.0002845689321088033,
+    1.9872158175276997e-06,
+)
+_ERF_Q = (
+    1.0,
+    0.5048351656071605,
+    0.11533968298987322,
+    0.015205163595795334,
+    0.0011853983706093384,
+    3.7424988252648504e-05,
+)
+
+
+def gelu(value: Any, scratch: Any) -> Any:
+    """``x * Phi(x)`` of a vector of ``LANES``.
+
+    Args:
+        value: fp32.
+        scratch: A ``local((3, LANES))``, free for the next vector once the result is stored.
+
+    Source:
+        Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv 1606.08415), the exact form.
+    """
+
+    def every(number: float) -> Any:
+        return fill(T.float32(number), LANES)
+
+    def polynomial(coefficients: tuple[float, ...], square: Any) -> Any:
+        total = every(coefficients[-1])
+        for coefficient in reversed(coefficients[:-1]):
+            total = total * square + every(coefficient)
+        return total
+
+    kept, scaled, square = ([row, at(0, LANES)] for row in range(3))
+    T.buffer_store(scratch, value, kept)
+    limited = tirx.min(scratch[tuple(kept)] * every(0.5**0.5), every(_ERF_LIMIT))
+    T.buffer_store(scratch, tirx.max(limited, every(-_ERF_LIMIT)), scaled)
+    x = scratch[tuple(scaled)]
+    T.buffer_store(scratch, x * x, square)
+    ratio = polynomial(_ERF_P, scratch[tuple(square)]) / polynomial(_ERF_Q, scratch[tuple(square)])
+    return scratch[tuple(kept)] * (every(0.5) + every(0.5) * x * ratio)

@@ -7,25 +7,28 @@ rows × one panel is accumulated in registers over the whole of k.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
+from kernels.lowerings.activations import copy_row, normalise_row, quantise_row, round_row
 from kernels.lowerings.emit import (
     LANES,
     argument,
     at,
     fill,
+    gelu,
     local,
+    prefetch,
     program,
     spans,
     tiles,
-    vector_type,
 )
-from kernels.packing import DOT_GROUP, INT8_MAX, PANEL
+from kernels.lowerings.inner_product import Unit
+from kernels.packing import BF16_GROUP, DOT_GROUP, PANEL
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
@@ -33,9 +36,26 @@ VECTORS = PANEL // LANES
 
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it.
 _STREAM_WEIGHT_BYTES = 512 * 1024
+# Rows are quantised or rounded as many at a time as stay in a cache until they are multiplied.
+_PREPARED_BYTES = 512 * 1024
 
 
-_chosen: ContextVar[Mapping[str, int] | None] = ContextVar("schedule", default=None)
+@dataclass(frozen=True)
+class Stored:
+    """How a weight lies in memory.
+
+    Attributes:
+        dtype: Element type of the packed weights.
+        width: Elements that make one vector of ``LANES * group`` weights.
+        planes: A decoder each: a loaded vector into the unit's weights. The result is the sum over
+            planes of ``factor ** index`` times the plane's product; the first plane is the least.
+        factor: Between one plane and the next.
+    """
+
+    dtype: str
+    width: int
+    planes: tuple[Callable[[Any], Any], ...] = (lambda weights: weights,)
+    factor: float = 1.0
 
 
 def largest_tile_rows(target: KernelTarget) -> int:
@@ -62,22 +82,217 @@ def default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]
     }
 
 
-@contextmanager
-def scheduled(schedule: Mapping[str, int]) -> Iterator[None]:
-    """Within it, lowerings of this module are defined with that schedule."""
-    token = _chosen.set(schedule)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+class _Operands(NamedTuple):
+    """Arguments of a launch; None for what the workload has not."""
+
+    x: Any
+    w: Any
+    scale: Any
+    bias: Any
+    offset: Any
+    norm: Any
+    residual: Any
+    out: Any
 
 
-def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> None:
+def linear_panels(
+    workload: Workload,
+    target: KernelTarget,
+    schedule: Mapping[str, int],
+    unit: Unit,
+    stored: Stored,
+) -> tirx.PrimFunc:
+    """A linear: ``main(x, w, [scale,] bias, [offset,] [norm,] [residual,] out)``.
+
+    Activations that are normalised, quantised or rounded first (``workload.fused``) go through a
+    workspace, a block of rows at a time. int8 codes are multiplied as unsigned bytes; what the
+    shift by 128 adds, ``offset[plane, n]``, is taken off at the end.
+
+    Args:
+        workload: A linear; its m is taken from x at each launch.
+        target: The CPU.
+        schedule: Of ``schedule_space``.
+        unit: Multiplies and adds.
+        stored: The weights.
+    """
+    panels, steps = -(-workload.n // PANEL), -(-workload.k // unit.group)
+    cut = (schedule["tile_rows"], bool(schedule["panels_outer"]))
+
+    def body() -> None:
+        m = T.int32()
+        given = _declare(workload, unit, stored, m)
+
+        def product(rows: int, panel: Any, activation: Callable) -> list:
+            def load(decode: Callable, step: Any, v: int) -> Any:
+                return decode(given.w[panel, step, at(v * stored.width, stored.width)])
+
+            return [
+                _accumulate(rows, steps, unit, partial(load, decode), activation)
+                for decode in stored.planes
+            ]
+
+        def finish(rows: int, first: Any, panel: Any, sums: list, row_scale: Any) -> None:
+            activated = "gelu" in workload.fused
+            scratch, done = local((3, LANES)), local(PANEL)
+            for r in range(rows):
+                vectors = []
+                for v in range(VECTORS):
+                    channel = at(panel * PANEL + v * LANES, LANES)
+                    value = _joined([p[r][v] for p in sums], stored, given.offset, channel, panels)
+                    if row_scale is not None:
+                        value = value * (
+                            fill(row_scale[first[1] + r], LANES) * given.scale[channel]
+                        )
+                    elif given.scale is not None:
+                        value = value * given.scale[channel]
+                    value = value + given.bias[channel]
+                    if activated:
+                        T.buffer_store(done, gelu(value, scratch), [at(v * LANES, LANES)])
+                        value = done[at(v * LANES, LANES)]
+                    vectors.append(value)
+                _store_row(given.out, given.residual, first[0] + r, panel, workload.n, vectors)
+
+        def direct(rows: int, first: Any, panel: Any) -> None:
+            def activation(r: int, kk: Any) -> Any:
+                if r == 0:
+                    _fetch_next_tile(given.x, first + rows, rows * kk)
+                return given.x[first + r, kk]
+
+            finish(rows, (first, first), panel, product(rows, panel, activation), None)
+
+        if not {"quantise", "cast", "layer_norm"} & set(workload.fused):
+            tiles(m, panels, *cut, direct)
+            return
+        for start, rows_here, prepared, row_scale in _prepared(workload, unit, given, m, cut[0]):
+
+            def from_workspace(rows: int, first: Any, panel: Any) -> None:
+                def activation(r: int, step: Any) -> Any:
+                    group = prepared[first + r, at(step * unit.group, unit.group)]  # noqa: B023
+                    return tirx.reinterpret("int32", group) if unit.group > 1 else group
+
+                sums = product(rows, panel, activation)
+                finish(rows, (start + first, first), panel, sums, row_scale)  # noqa: B023
+
+            tiles(rows_here, panels, *cut, from_workspace)
+
+    return program(body, unit.llvm)
+
+
+def _declare(workload: Workload, unit: Unit, stored: Stored, m: Any) -> _Operands:
+    k, n, fused = workload.k, workload.n, workload.fused
+    panels, steps = -(-n // PANEL), -(-k // unit.group)
+    padded = panels * PANEL
+
+    def if_fused(step: str, name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Any:
+        return argument(name, shape, dtype) if step in fused else None
+
+    return _Operands(
+        x=argument("x", (m, k), "float32"),
+        w=argument("w", (panels, steps, VECTORS * stored.width), stored.dtype),
+        scale=if_fused("scale", "scale", (padded,)),
+        bias=argument("bias", (padded,), "float32"),
+        offset=if_fused("quantise", "offset", (len(stored.planes) * padded,), "int32"),
+        norm=if_fused("layer_norm", "norm", (2 * k + 1,)),
+        residual=if_fused("residual", "residual", (m, n)),
+        out=argument("out", (m, n), "float32"),
+    )
+
+
+def _prepared(
+    workload: Workload, unit: Unit, given: _Operands, m: Any, tile_rows: int
+) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Within a loop over blocks: (first row, rows, workspace, scales of its rows or None)."""
+    k, fused = workload.k, workload.fused
+    padded = -(-k // unit.group) * unit.group
+    element, width = {1: ("float32", 4), BF16_GROUP: ("int16", 2), DOT_GROUP: ("uint8", 1)}[
+        unit.group
+    ]
+    block = max(1, _PREPARED_BYTES // (padded * width * tile_rows)) * tile_rows
+    prepared = T.alloc_buffer((block, padded), element, scope="global")
+    row_scale: Any = None
+    if "quantise" in fused:
+        row_scale = T.alloc_buffer((block,), "float32", scope="global")
+    with T.serial(0, tirx.floordiv(m + (block - 1), block)) as index:
+        start = index * block
+        rows_here = tirx.min(m - start, tirx.const(block, "int32"))
+        with T.parallel(0, rows_here) as slot:
+            source, row = given.x, start + slot
+            if "layer_norm" in fused:
+                source, row = normalise_row(source, row, k, given.norm), tirx.const(0, "int32")
+            if "quantise" in fused:
+                quantise_row(source, row, k, prepared, slot, row_scale)
+            elif "cast" in fused:
+                round_row(source, row, k, prepared, slot)
+            else:
+                copy_row(source, row, k, prepared, slot)
+        yield start, rows_here, prepared, row_scale
+
+
+def _accumulate(
+    rows: int,
+    steps: int,
+    unit: Unit,
+    load: Callable[[Any, int], Any],
+    activation: Callable[[int, Any], Any],
+) -> list[list[Any]]:
+    """Sums a tile over k in registers; returns the vectors of each row.
+
+    Args:
+        rows: Rows of the tile.
+        steps: Passes over k.
+        unit: Multiplies and adds.
+        load: ``load(step, v)``: vector v of the weights, once for all rows.
+        activation: ``activation(row, step)``: one row's group of inputs.
+    """
+    width = LANES * unit.group
+    sums, weights = local(rows * PANEL, unit.total), local(VECTORS * width, unit.weights)
+    where = [[at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)]
+    for r in range(rows):
+        for v in range(VECTORS):
+            T.buffer_store(sums, fill(tirx.const(0, unit.total), LANES), [where[r][v]])
+    with T.serial(0, steps) as step:
+        for v in range(VECTORS):
+            T.buffer_store(weights, load(step, v), [at(v * width, width)])
+        for r in range(rows):
+            inputs = fill(activation(r, step), LANES)
+            for v in range(VECTORS):
+                value = unit.multiply(sums[where[r][v]], inputs, weights[at(v * width, width)])
+                T.buffer_store(sums, value, [where[r][v]])
+    return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(rows)]
+
+
+def _fetch_next_tile(x: Any, row: Any, element: Any) -> None:
+    """Asks, a step at a time, for the rows of the tile that comes after this one.
+
+    They lie side by side, but the hardware's own prefetch begins anew at each page.
+    """
+    prefetch(x, [row, element])
+
+
+def _joined(sums: list[Any], stored: Stored, offset: Any, channel: Any, panels: int) -> Any:
+    """The planes' sums as one fp32 vector, rid of what unsigned activations have added."""
+    total = None
+    for index, plane in enumerate(sums):
+        if offset is not None:
+            own = channel + index * panels * PANEL if index else channel
+            plane = tirx.Cast(f"float32x{LANES}", plane - offset[own])
+        weighted = plane * fill(T.float32(stored.factor**index), LANES) if index else plane
+        total = weighted if total is None else total + weighted
+    return total
+
+
+def _store_row(out: Any, residual: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> None:
     """Writes one row of a panel; the last panel of a ragged n is cut to its channels."""
+
+    def store(value: Any, offset: int, lanes: int) -> None:
+        index = [row, at(panel * PANEL + offset, lanes)]
+        if residual is not None:
+            value = value + residual[tuple(index)]
+        T.buffer_store(out, value, index)
 
     def whole() -> None:
         for v, vector in enumerate(vectors):
-            T.buffer_store(out, vector, [row, at(panel * PANEL + v * LANES, LANES)])
+            store(vector, v * LANES, LANES)
 
     def cut() -> None:
         # A copy, so that no scalar access keeps the accumulators themselves out of registers.
@@ -85,8 +300,7 @@ def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> No
         for v, vector in enumerate(vectors):
             T.buffer_store(copy, vector, [at(v * LANES, LANES)])
         for offset, lanes in spans(n % PANEL):
-            value = copy[at(offset, lanes)]
-            T.buffer_store(out, value, [row, at(panel * PANEL + offset, lanes)])
+            store(copy[at(offset, lanes)], offset, lanes)
 
     if n % PANEL == 0:
         whole()
@@ -98,210 +312,3 @@ def _store_row(out: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> No
                 whole()
             with T.Else():
                 cut()
-
-
-def _accumulate(
-    rows: int,
-    steps: int,
-    dtype: str,
-    run: tuple[str, int],
-    load: Callable[[Any, int], Any],
-    multiply: Callable[[Any, int, Any, Any], Any],
-) -> list[list[Any]]:
-    """Sums a tile over k in registers; returns the vectors of each row.
-
-    Args:
-        rows: Rows of the tile.
-        steps: Passes over k.
-        dtype: Of the sums.
-        run: Type and length of one vector of decoded weights.
-        load: ``load(step, v)``: vector v of the weights, once for all rows.
-        multiply: ``multiply(sum, row, step, weights)``: the sum with one more step.
-    """
-    sums, weights = local(rows * PANEL, dtype), local(VECTORS * run[1], run[0])
-    where = [[at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)]
-    for r in range(rows):
-        for v in range(VECTORS):
-            T.buffer_store(sums, fill(tirx.const(0, dtype), LANES), [where[r][v]])
-    with T.serial(0, steps) as step:
-        for v in range(VECTORS):
-            T.buffer_store(weights, load(step, v), [at(v * run[1], run[1])])
-        for r in range(rows):
-            for v in range(VECTORS):
-                value = multiply(sums[where[r][v]], r, step, weights[at(v * run[1], run[1])])
-                T.buffer_store(sums, value, [where[r][v]])
-    return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(rows)]
-
-
-def fma_panels(
-    workload: Workload, target: KernelTarget, w_dtype: str, decode: Callable[[Any], Any]
-) -> tirx.PrimFunc:
-    """fp32 accumulation by fused multiply-add: ``main(x, w, [scale,] bias, out)``.
-
-    Args:
-        workload: A linear; its m is taken from x at each launch.
-        target: The CPU.
-        w_dtype: Stored type of a weight.
-        decode: Turns a vector of stored weights into fp32, once a panel row and tile.
-    """
-    schedule = _chosen.get() or default_schedule(workload, target)
-    k, n = workload.k, workload.n
-    panels = -(-n // PANEL)
-    scaled = "scale" in workload.fused
-
-    def body() -> None:
-        m = T.int32()
-        x = argument("x", (m, k), "float32")
-        w = argument("w", (panels, k, PANEL), w_dtype)
-        scale = argument("scale", (panels * PANEL,), "float32") if scaled else None
-        bias = argument("bias", (panels * PANEL,), "float32")
-        out = argument("out", (m, n), "float32")
-
-        def tile(rows: int, first: Any, panel: Any) -> None:
-            def load(kk: Any, v: int) -> Any:
-                return decode(w[panel, kk, at(v * LANES, LANES)])
-
-            def multiply(total: Any, r: int, kk: Any, weights: Any) -> Any:
-                return total + fill(x[first + r, kk], LANES) * weights
-
-            sums = _accumulate(rows, k, "float32", ("float32", LANES), load, multiply)
-            for r in range(rows):
-                vectors = []
-                for v, value in enumerate(sums[r]):
-                    channel = at(panel * PANEL + v * LANES, LANES)
-                    vectors.append(
-                        (value if scale is None else value * scale[channel]) + bias[channel]
-                    )
-                _store_row(out, first + r, panel, n, vectors)
-
-        tiles(m, panels, schedule["tile_rows"], bool(schedule["panels_outer"]), tile)
-
-    return program(body)
-
-
-def dot_groups(target: KernelTarget, sums: Any, codes: Any, weights: Any) -> Any:
-    """``sums[16] + sum_g codes[g] * weights[16, g]``: int32 += uint8 × int8, four a lane.
-
-    Args:
-        target: Decides on the instruction.
-        sums: int32x16.
-        codes: Four uint8 activations as one int32.
-        weights: int8x64.
-
-    Source:
-        Intel SDM, VPDPBUSD (products of a group are summed without saturation).
-    """
-    if target.dot_product == "vpdpbusd.512":
-        spread = tirx.reinterpret("uint8x64", fill(codes, LANES))
-        return T.call_llvm_pure_intrin(
-            "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums, spread, weights
-        )
-    lanes = tirx.reinterpret("int32x16", weights)
-    for g in range(DOT_GROUP):
-        code = tirx.bitwise_and(tirx.shift_right(codes, tirx.const(8 * g, "int32")), 255)
-        up = tirx.shift_left(lanes, fill(tirx.const(24 - 8 * g, "int32"), LANES))
-        sums = sums + fill(code, LANES) * tirx.shift_right(up, fill(tirx.const(24, "int32"), LANES))
-    return sums
-
-
-def _quantise_row(x: Any, row: Any, k: int, codes: Any, row_scale: Any) -> None:
-    """Emits ``kernels.packing.quantise_rows`` for one row; codes are stored plus 128.
-
-    Magnitudes are compared as whole numbers, in which the bits of non-negative fp32 numbers have
-    the same order, since a reduction of floats would have to look out for NaN at each step.
-    """
-    magnitudes = local(LANES, "int32")
-    largest = local(1, "int32")
-    whole = k // LANES
-
-    def magnitude(offset: Any, lanes: int) -> Any:
-        bits = tirx.reinterpret(vector_type("int32", lanes), x[row, at(offset, lanes)])
-        return tirx.bitwise_and(bits, fill(tirx.const(0x7FFFFFFF, "int32"), lanes))
-
-    T.buffer_store(magnitudes, fill(tirx.const(0, "int32"), LANES), [at(0, LANES)])
-    with T.serial(0, whole) as c:
-        value = tirx.max(magnitudes[at(0, LANES)], magnitude(c * LANES, LANES))
-        T.buffer_store(magnitudes, value, [at(0, LANES)])
-    reduced = T.call_llvm_pure_intrin(
-        "int32", "llvm.vector.reduce.smax.v16i32", magnitudes[at(0, LANES)]
-    )
-    T.buffer_store(largest, reduced, [0])
-    for offset in range(whole * LANES, k):
-        T.buffer_store(largest, tirx.max(largest[0], magnitude(offset, 1)), [0])
-    inverse = local(1)
-    top = tirx.reinterpret("float32", largest[0])
-    ratio = tirx.Select(largest[0] > 0, T.float32(INT8_MAX) / top, T.float32(0))
-    T.buffer_store(inverse, ratio, [0])
-    T.buffer_store(row_scale, top * T.float32(1.0 / INT8_MAX), [row])
-
-    def code(offset: Any, lanes: int) -> None:
-        scaled = tirx.nearbyint(x[row, at(offset, lanes)] * fill(inverse[0], lanes))
-        shifted = tirx.Cast(vector_type("int32", lanes), scaled) + fill(
-            tirx.const(128, "int32"), lanes
-        )
-        byte = tirx.Cast(vector_type("uint8", lanes), shifted)
-        T.buffer_store(codes, byte, [row, at(offset, lanes)])
-
-    with T.serial(0, whole) as c:
-        code(c * LANES, LANES)
-    for offset, lanes in spans(k % LANES):
-        code(whole * LANES + offset, lanes)
-
-
-def dot_panels(
-    workload: Workload,
-    target: KernelTarget,
-    stored: tuple[str, int] = ("int8", LANES * DOT_GROUP),
-    decode: Callable[[Any], Any] = lambda weights: weights,
-) -> tirx.PrimFunc:
-    """int8 dot products and all around them: ``main(x, w, scale, bias, offset, out)``.
-
-    The rows of x are quantised once into a workspace, then multiplied as unsigned bytes; what the
-    shift by 128 adds, ``offset[n]``, is taken off at the end.
-
-    Args:
-        workload: An int8 linear; its m is taken from x at each launch.
-        target: The CPU.
-        stored: Type of the stored weights, and how many elements make one vector of 64 weights.
-        decode: Turns these into int8x64, once a panel row and tile.
-    """
-    schedule = _chosen.get() or default_schedule(workload, target)
-    k, n = workload.k, workload.n
-    panels, groups = -(-n // PANEL), -(-k // DOT_GROUP)
-    dtype, width = stored
-
-    def body() -> None:
-        m = T.int32()
-        x = argument("x", (m, k), "float32")
-        w = argument("w", (panels, groups, VECTORS * width), dtype)
-        scale = argument("scale", (panels * PANEL,), "float32")
-        bias = argument("bias", (panels * PANEL,), "float32")
-        offset = argument("offset", (panels * PANEL,), "int32")
-        out = argument("out", (m, n), "float32")
-        codes = T.alloc_buffer((m, groups * DOT_GROUP), "uint8", scope="global")
-        row_scale = T.alloc_buffer((m,), "float32", scope="global")
-        with T.parallel(0, m) as row:
-            _quantise_row(x, row, k, codes, row_scale)
-
-        def tile(rows: int, first: Any, panel: Any) -> None:
-            def load(g: Any, v: int) -> Any:
-                return decode(w[panel, g, at(v * width, width)])
-
-            def multiply(total: Any, r: int, g: Any, weights: Any) -> Any:
-                four = tirx.reinterpret("int32", codes[first + r, at(g * DOT_GROUP, DOT_GROUP)])
-                return dot_groups(target, total, four, weights)
-
-            run = ("int8", LANES * DOT_GROUP)
-            sums = _accumulate(rows, groups, "int32", run, load, multiply)
-            for r in range(rows):
-                vectors = []
-                for v, value in enumerate(sums[r]):
-                    channel = at(panel * PANEL + v * LANES, LANES)
-                    exact = tirx.Cast("float32x16", value - offset[channel])
-                    factor = fill(row_scale[first + r], LANES) * scale[channel]
-                    vectors.append(exact * factor + bias[channel])
-                _store_row(out, first + r, panel, n, vectors)
-
-        tiles(m, panels, schedule["tile_rows"], bool(schedule["panels_outer"]), tile)
-
-    return program(body)

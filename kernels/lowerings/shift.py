@@ -2,78 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
+from kernels.lowerings import mult
 from kernels.lowerings.emit import LANES, fill
-from kernels.lowerings.panel_gemm import dot_panels, fma_panels
-from kernels.packing import NIBBLE_RUN
+from kernels.lowerings.inner_product import bf16_dot, fma, int8_dot
+from kernels.lowerings.panel_gemm import Stored, linear_panels
+from kernels.packing import BF16_GROUP, DOT_GROUP, NIBBLE_RUN, PLANE_EXPONENTS
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
-# Sign bit and the eight exponent bits' lower seven: what a sign-extended code leaves in place.
-_SIGN_AND_EXPONENT = -0x40000001
-_MANTISSA_BITS = 23
+_RUN = LANES * DOT_GROUP
+_FP32_MANTISSA_BITS = 23
+_BF16_MANTISSA_BITS = 7
 
 
-def _i32(value: int) -> Any:
-    return tirx.const(value, "int32")
+def _to_float(bits: int, lanes: int, mantissa_bits: int, codes: Any) -> Any:
+    """int8 ``sign << 7 | (p + 127)`` into the bits of ±2^p, by one shift and one mask.
+
+    The sign extension puts the sign in place; the mask takes out the code's own sign bit, which
+    has come to lie on the exponent's highest.
+
+    Source:
+        IEEE 754 binary32 (and bfloat16): sign, 8 exponent bits, 23 (7) mantissa bits.
+    """
+    integer = f"int{bits}"
+    wide = tirx.Cast(f"{integer}x{lanes}", codes)
+    moved = tirx.shift_left(wide, fill(tirx.const(mantissa_bits, integer), lanes))
+    sign_and_exponent = -(1 << (bits - 2)) - 1
+    return tirx.bitwise_and(moved, fill(tirx.const(sign_and_exponent, integer), lanes))
 
 
 def _to_fp32(codes: Any) -> Any:
-    """int8 ``sign << 7 | (p + 127)`` into the fp32 number ±2^p, by one shift and one mask.
-
-    Source:
-        IEEE 754 binary32: sign, 8 exponent bits, 23 mantissa bits.
-    """
-    wide = tirx.Cast(f"int32x{LANES}", codes)
-    moved = tirx.shift_left(wide, fill(tirx.const(_MANTISSA_BITS, "int32"), LANES))
-    bits = tirx.bitwise_and(moved, fill(tirx.const(_SIGN_AND_EXPONENT, "int32"), LANES))
-    return tirx.reinterpret(f"float32x{LANES}", bits)
+    return tirx.reinterpret(f"float32x{LANES}", _to_float(32, LANES, _FP32_MANTISSA_BITS, codes))
 
 
-def panels(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
+def _to_bf16(codes: Any) -> Any:
+    return _to_float(16, LANES * BF16_GROUP, _BF16_MANTISSA_BITS, codes)
+
+
+def panels(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
     """One-byte codes unpacked to fp32 in registers: a quarter of the weight traffic."""
-    return fma_panels(workload, target, "int8", _to_fp32)
+    stored = Stored("int8", LANES, (_to_fp32,))
+    return linear_panels(workload, target, schedule, fma(), stored)
+
+
+def pairs(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+    """One-byte codes unpacked to bf16, in which ±2^p is exact: half of bf16's weight traffic."""
+    stored = Stored("int8", LANES * BF16_GROUP, (_to_bf16,))
+    return linear_panels(workload, target, schedule, bf16_dot(target), stored)
+
+
+def _table(target: KernelTarget, entries: list[int], index: Any) -> Any:
+    """int8x64 of ``entries[index]``, index in 0..15: one instruction in registers."""
+    row = tirx.Shuffle([tirx.const(e, "int8") for e in entries], _places(16))
+    copies = _RUN // 16
+    table = tirx.Shuffle([row] * copies, _places(_RUN))
+    return T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.pshuf.b.512", table, index)
+
+
+def _places(count: int) -> list[Any]:
+    return [tirx.const(i, "int32") for i in range(count)]
+
+
+def _every(value: int, dtype: str = "int32") -> Any:
+    return fill(tirx.const(value, dtype), _RUN)
+
+
+def _power(exponent: Any, plane: int) -> Any:
+    """int32x64: 2^exponent within a plane's seven exponents, else 0."""
+    power = tirx.shift_left(_every(1), exponent)
+    lowered = tirx.shift_right(power, _every(plane * PLANE_EXPONENTS)) if plane else power
+    return tirx.bitwise_and(lowered, _every(127))
 
 
 def _from_nibbles(target: KernelTarget, packed: Any) -> Any:
     """uint8x32 of two codes ``sign << 3 | p`` each into int8x64 of ±2^p, p = 7 into 0."""
     low = tirx.bitwise_and(packed, fill(tirx.const(15, "uint8"), NIBBLE_RUN // 2))
     high = tirx.shift_right(packed, fill(tirx.const(4, "uint8"), NIBBLE_RUN // 2))
-    codes = tirx.Shuffle([low, high], [_i32(i) for i in range(NIBBLE_RUN)])
+    codes = tirx.Shuffle([low, high], _places(NIBBLE_RUN))
     if target.byte_table:
         values = [sign * (1 << p & 127) for sign in (1, -1) for p in range(8)]
-        entries = [tirx.const(value, "int8") for value in values]
-        row = tirx.Shuffle(entries, [_i32(i) for i in range(len(entries))])
-        copies = NIBBLE_RUN // len(entries)
-        table = tirx.Shuffle([row] * copies, [_i32(i) for i in range(NIBBLE_RUN)])
-        signed = tirx.reinterpret(f"int8x{NIBBLE_RUN}", codes)
-        return T.call_llvm_pure_intrin(
-            f"int8x{NIBBLE_RUN}", "llvm.x86.avx512.pshuf.b.512", table, signed
-        )
-    wide = tirx.Cast(f"int32x{NIBBLE_RUN}", codes)
-
-    def every(value: int) -> Any:
-        return fill(_i32(value), NIBBLE_RUN)
-
-    power = tirx.shift_left(every(1), tirx.bitwise_and(wide, every(7)))
-    magnitude = tirx.bitwise_and(power, every(127))
-    sign = every(1) - every(2) * tirx.shift_right(wide, every(3))
-    return tirx.Cast(f"int8x{NIBBLE_RUN}", magnitude * sign)
+        return _table(target, values, tirx.reinterpret("int8x64", codes))
+    wide = tirx.Cast("int32x64", codes)
+    magnitude = _power(tirx.bitwise_and(wide, _every(7)), 0)
+    sign = _every(1) - _every(2) * tirx.shift_right(wide, _every(3))
+    return tirx.Cast("int8x64", magnitude * sign)
 
 
-def nibbles(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
+def nibbles(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
     """Codes of four bits, looked up in registers on their way to the dot product.
 
     Half of the weight traffic of int8 for one look-up a panel row and tile.
     """
-    stored = ("uint8", NIBBLE_RUN // 2)
-    return dot_panels(workload, target, stored, lambda packed: _from_nibbles(target, packed))
+    stored = Stored("uint8", NIBBLE_RUN // 2, (partial(_from_nibbles, target),))
+    return linear_panels(workload, target, schedule, int8_dot(target), stored)
 
 
-def dot(workload: Workload, target: KernelTarget) -> tirx.PrimFunc:
-    """±2^p held as int8 in the integer dot product: mult's kernel to the instruction."""
-    return dot_panels(workload, target)
+def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
+    """int8 codes ``sign << 7 | p`` into ±2^(p - 7 plane), 0 where p is another plane's."""
+
+    def decode(codes: Any) -> Any:
+        exponent = tirx.bitwise_and(codes, _every(15, "int8"))
+        if target.byte_table:
+            first = plane * PLANE_EXPONENTS
+            within = range(first, first + PLANE_EXPONENTS)
+            entries = [1 << p - first if p in within else 0 for p in range(16)]
+            magnitude = _table(target, entries, exponent)
+        else:
+            magnitude = tirx.Cast("int8x64", _power(tirx.Cast("int32x64", exponent), plane))
+        # All ones where the sign is set: flipping all bits and adding one negates.
+        negative = tirx.shift_right(codes, _every(7, "int8"))
+        return tirx.bitwise_xor(magnitude, negative) - negative
+
+    return decode
+
+
+def planes(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+    """Fourteen exponents in one-byte codes: two dot products, of the small and the large powers."""
+    decoders = tuple(_from_plane(target, plane) for plane in range(2))
+    stored = Stored("int8", _RUN, decoders, 2.0**PLANE_EXPONENTS)
+    return linear_panels(workload, target, schedule, int8_dot(target), stored)
+
+
+# ±2^p held as int8 in the integer dot product: mult's kernel to the instruction.
+dot = mult.dot

@@ -20,9 +20,10 @@ def _seconds(launch):
 
 def test_no_kernel_is_faster_than_the_roof():
     roofs = {peak.name: _rate(peak.launch, peak.amount) for peak in peaks(1, 2**20)}
-    assert set(roofs) == {"fma_fp32", "dot_int8", "copy"}
+    assert set(roofs) == {"fma_fp32", "dot_bf16", "dot_int8", "copy"}
     set_threads(1)
-    for form, roof in (("mult_fp32", "fma_fp32"), ("mult_int8", "dot_int8")):
+    roof_of = {"mult_fp32": "fma_fp32", "mult_bf16": "dot_bf16", "mult_int8": "dot_int8"}
+    for form, roof in roof_of.items():
         workload = linear(form, 196, 256, 256)
         kernel, operands = build(workload), random_operands(workload)
         arguments = (*kernel.pack(operands), kernel.allocate(operands))

@@ -4,9 +4,10 @@ import torch
 from kernels import torch_ops
 from kernels.packing import pack_linear, quantise_rows, quantise_weight
 from kernels.reference import Operands, oracle
+from kernels.workload import FORMS as EVERY_FORM
 from kernels.workload import attention
 
-FORMS = ["mult_fp32", "mult_int8", "shift_fp32", "shift_int8", "shift_int4"]
+FORMS = [name for name, form in EVERY_FORM.items() if form["w_layout"] == "nk"]
 
 
 def _layer(form, k=20, n=12):
@@ -22,6 +23,8 @@ def test_linear_keeps_leading_dimensions_and_agrees_with_torch(form):
     if "int" in form:
         codes, scale = quantise_rows(x)
         x = codes * scale
+    if "bf16" in form:
+        x = x.bfloat16().float()
     expected = torch.nn.functional.linear(x, parameters.weight, parameters.bias)
     assert y.shape == (2, 3, 12)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
@@ -34,7 +37,7 @@ def test_operator_contract(form):
 
 
 def test_attention_operators_agree_with_the_oracle():
-    kv_workload, qkv_workload = attention(2, 9, 8, 5)
+    kv_workload, qkv_workload, _ = attention(2, 9, 8, 5)
     k, v, q = torch.randn(2, 9, 8), torch.randn(2, 9, 5), torch.randn(2, 9, 8)
     kv = torch.ops.shiftadd.add_kv(k, v, "pm1")
     out = torch.ops.shiftadd.add_qkv(q, kv, "pm1")
@@ -44,6 +47,21 @@ def test_attention_operators_agree_with_the_oracle():
     torch.testing.assert_close(out.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
     torch.library.opcheck(torch.ops.shiftadd.add_kv.default, (k, v, "pm1"))
     torch.library.opcheck(torch.ops.shiftadd.add_qkv.default, (q, kv, "pm1"))
+
+
+@pytest.mark.parametrize("tokens", [9, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_attention_in_one_is_its_two_products(dtype, tokens):
+    q, k, v = (torch.randn(2, tokens, size).to(dtype) for size in (8, 8, 5))
+    both = torch.ops.shiftadd.add_attention(q, k, v, "pm1")
+    kv = torch.ops.shiftadd.add_kv(k.float(), v.float(), "pm1")
+    apart = torch.ops.shiftadd.add_qkv(q.float(), kv, "pm1")
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert both.dtype == dtype
+    torch.testing.assert_close(
+        both.float(), apart, rtol=tolerance, atol=tolerance * float(apart.abs().max())
+    )
+    torch.library.opcheck(torch.ops.shiftadd.add_attention.default, (q, k, v, "pm1"))
 
 
 def test_non_contiguous_inputs_are_served():

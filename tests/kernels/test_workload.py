@@ -18,16 +18,25 @@ def test_a_workload_survives_json_and_knows_its_form(form, m, k, n):
 
 @given(sizes, sizes, sizes, sizes, st.sampled_from(["pm1", "01"]))
 def test_attention_products_chain(b, tokens, bits, n, alphabet):
-    kv, qkv = attention(b, tokens, bits, n, alphabet)
-    assert (kv.kind, qkv.kind) == ("kv", "qkv")
-    assert kv.tokens == qkv.tokens == tokens
+    kv, qkv, both = attention(b, tokens, bits, n, alphabet)
+    assert (kv.kind, qkv.kind, both.kind) == ("kv", "qkv", "attention")
+    assert kv.tokens == qkv.tokens == both.tokens == tokens
+    assert both.macs == kv.macs + qkv.macs
+    # KᵀV is neither written nor read again.
+    between = 2 * b * bits * n * 4
+    assert both.traffic_bytes == kv.traffic_bytes + qkv.traffic_bytes - between
     assert (kv.m, kv.n) == (qkv.k, qkv.n)
     assert kv.macs == qkv.macs == b * tokens * bits * n
 
 
 def test_keys_differ_wherever_workloads_differ():
     forms = [linear(form, 8, 16, 32) for form in FORMS if FORMS[form]["w_layout"] == "nk"]
-    attentions = [w for alphabet in ("pm1", "01") for w in attention(2, 8, 16, 32, alphabet)]
+    attentions = [
+        workload
+        for alphabet in ("pm1", "01")
+        for dtype in ("float32", "bfloat16")
+        for workload in attention(2, 8, 16, 32, alphabet, dtype)
+    ]
     keys = [workload.key for workload in (*forms, *attentions)]
     assert len(set(keys)) == len(keys)
 
@@ -65,3 +74,5 @@ def test_an_unknown_form_is_refused():
         linear("shift_int9", 1, 1, 1)
     with pytest.raises(WorkloadError, match="alphabet"):
         attention(1, 1, 1, 1, "ternary")
+    with pytest.raises(WorkloadError, match="dtype"):
+        attention(1, 1, 1, 1, dtype="float64")

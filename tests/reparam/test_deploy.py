@@ -58,7 +58,7 @@ def test_no_torch_product_runs_inside_a_converted_layer(stages):
         deployed(torch.randn(3, 1, 16, 16))
     assert not _torch_products(recorder)
     ours = {name for library, name in recorder.calls if library == "shiftadd"}
-    assert ours == {"linear", "add_kv", "add_qkv"}
+    assert ours == {"linear", "add_attention"}
 
 
 def test_the_recorder_sees_products_of_an_undeployed_model():

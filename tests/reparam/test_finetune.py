@@ -16,6 +16,7 @@ from cost_models.latency_table import Entry, LatencyTable, TableError
 from kernels.workload import Workload
 from profiler.command_line import BadInput
 from profiler.device import cpu_info
+from profiler.export import timm_rows
 from profiler.samples import TimingSettings
 from profiler.store import open_store
 from reparam import finetune as command
@@ -208,6 +209,7 @@ def test_whole_run_leaves_its_files_and_resumes(tmp_path, recipe_file, table_fil
     assert rows["original"].is_baseline
     assert rows["original_compiled"].status == "skipped"
     assert rows["moe"].details["top1"] == results.top1
+    assert not timm_rows(list(rows.values())).isna().any(axis=None)
     if by_name["moe"].latency_ms:
         assert rows["moe"].latency_ms == by_name["moe"].latency_ms.value
 
@@ -317,13 +319,13 @@ def test_checking_the_conversions_leaves_the_original_alone(tiny, table):
 def test_prediction_sums_the_table_over_what_the_routers_send(tiny, table):
     model, example = converted(tiny, "moe"), torch.randn(4, 1, 16, 16)
     even = {fqn: {"mult": 0.5, "shift": 0.5} for fqn, _ in moe_layers(model)}
-    # A router, qkv and proj as shifts, two adds for the products, two linears an expert.
+    # A router, qkv and proj as shifts, one add for both products, two linears an expert.
     predicted = predict_latency(model, example, table, even).latency_ms
-    assert predicted.value == pytest.approx(0.2 + 2 * 0.1 + 2 * 0.2 + 2 * 0.2 + 2 * 0.1)
-    assert predicted.low == pytest.approx(9 * 0.05)
+    assert predicted.value == pytest.approx(0.2 + 2 * 0.1 + 0.2 + 2 * 0.2 + 2 * 0.1)
+    assert predicted.low == pytest.approx(8 * 0.05)
     shift_only = {fqn: {"mult": 0.0, "shift": 1.0} for fqn in even}
     predicted = predict_latency(model, example, table, shift_only).latency_ms
-    assert predicted.value == pytest.approx(0.2 + 2 * 0.1 + 2 * 0.2 + 2 * 0.1)
+    assert predicted.value == pytest.approx(0.2 + 2 * 0.1 + 0.2 + 2 * 0.1)
     nothing = create_model(tiny.model, 10)
     assert predict_latency(nothing, example, table, {}).latency_ms is None
 

@@ -175,7 +175,7 @@ def test_workloads_of_each_converted_layer():
     shift_all = [linear("shift_int8", tokens, 16, 64), linear("shift_int8", tokens, 64, 16)]
     block = {
         "attn.qkv": [linear("shift_int8", tokens, 16, 48)],
-        "attn.add_products": list(attention(4, 5, 8, 8, "pm1")),
+        "attn.add_products": [attention(4, 5, 8, 8, "pm1").both],
         "attn.proj": [linear("shift_int8", tokens, 16, 16)],
     }
     expected = {f"blocks.{i}.{name}": w for i in range(2) for name, w in block.items()}

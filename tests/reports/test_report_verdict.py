@@ -103,7 +103,7 @@ def test_kernels_pay_as_a_whole_only_where_every_product_does():
     assert decide(run_of(attention)).status == "pays"
     rows = [row for row in measurements() if row.workload]
     verdict = decide(run_of(rows))
-    assert verdict.status == "mixed" and "add in 4 of 4 attention products" in verdict.headline
+    assert verdict.status == "mixed" and "add in 6 of 6 attention products" in verdict.headline
 
 
 def test_the_verdict_is_against_the_fastest_form_of_the_original():

@@ -1,0 +1,160 @@
+"""Rows of fp32 activations into what an inner product reads: int8 codes or bf16 numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm.script.ir_builder.tirx as T
+from tvm import tirx
+
+from kernels.lowerings.emit import LANES, at, bf16_bits, fill, local, prefetch, spans, vector_type
+from kernels.packing import INT8_MAX
+
+# The first pass over a row asks for what comes that much later. The hardware's own prefetch
+# begins anew at each page, and main memory would be waited for.
+_AHEAD_BYTES = 4096
+
+
+def _i32(value: int, lanes: int = 1) -> Any:
+    return fill(tirx.const(value, "int32"), lanes)
+
+
+def _largest_magnitude(x: Any, row: Any, k: int) -> Any:
+    """Bits of the largest magnitude of a row, as an int32 in a register.
+
+    Magnitudes are compared as whole numbers, in which the bits of non-negative fp32 numbers have
+    the same order, since a reduction of floats would have to look out for NaN at each step.
+    """
+    magnitudes, largest = local(LANES, "int32"), local(1, "int32")
+    whole = k // LANES
+
+    def magnitude(offset: Any, lanes: int) -> Any:
+        bits = tirx.reinterpret(vector_type("int32", lanes), x[row, at(offset, lanes)])
+        return tirx.bitwise_and(bits, _i32(0x7FFFFFFF, lanes))
+
+    T.buffer_store(magnitudes, _i32(0, LANES), [at(0, LANES)])
+    with T.serial(0, whole) as c:
+        _look_ahead(x, row, k, c * LANES)
+        value = tirx.max(magnitudes[at(0, LANES)], magnitude(c * LANES, LANES))
+        T.buffer_store(magnitudes, value, [at(0, LANES)])
+    reduced = T.call_llvm_pure_intrin(
+        "int32", "llvm.vector.reduce.smax.v16i32", magnitudes[at(0, LANES)]
+    )
+    T.buffer_store(largest, reduced, [0])
+    for offset in range(whole * LANES, k):
+        T.buffer_store(largest, tirx.max(largest[0], magnitude(offset, 1)), [0])
+    return largest
+
+
+def _look_ahead(x: Any, row: Any, k: int, column: Any) -> None:
+    prefetch(x, [row + max(1, _AHEAD_BYTES // (4 * k)), column])
+
+
+def _each_vector(k: int, emit: Any) -> None:
+    """Calls ``emit(offset, lanes)`` in a loop over whole vectors, then for the rest."""
+    whole = k // LANES
+    with T.serial(0, whole) as c:
+        emit(c * LANES, LANES)
+    for offset, lanes in spans(k % LANES):
+        emit(whole * LANES + offset, lanes)
+
+
+def quantise_row(x: Any, row: Any, k: int, codes: Any, slot: Any, row_scale: Any) -> None:
+    """Emits ``kernels.packing.quantise_rows`` for one row; codes are stored plus 128.
+
+    Args:
+        x: fp32 ``(m, k)``.
+        row: Of x.
+        k: Inputs.
+        codes: uint8, the row's codes go to ``codes[slot]``.
+        slot: Row of the workspace.
+        row_scale: fp32, the row's scale goes to ``row_scale[slot]``.
+    """
+    largest, inverse = _largest_magnitude(x, row, k), local(1)
+    top = tirx.reinterpret("float32", largest[0])
+    ratio = tirx.Select(largest[0] > 0, T.float32(INT8_MAX) / top, T.float32(0))
+    T.buffer_store(inverse, ratio, [0])
+    T.buffer_store(row_scale, top * T.float32(1.0 / INT8_MAX), [slot])
+
+    def code(offset: Any, lanes: int) -> None:
+        scaled = tirx.nearbyint(x[row, at(offset, lanes)] * fill(inverse[0], lanes))
+        shifted = tirx.Cast(vector_type("int32", lanes), scaled) + _i32(128, lanes)
+        byte = tirx.Cast(vector_type("uint8", lanes), shifted)
+        T.buffer_store(codes, byte, [slot, at(offset, lanes)])
+
+    _each_vector(k, code)
+
+
+def round_row(x: Any, row: Any, k: int, bits: Any, slot: Any) -> None:
+    """Rounds one row to bf16, half to even, into ``bits[slot]`` (int16); what pads it gets 0."""
+
+    def rounded(offset: Any, lanes: int) -> None:
+        _look_ahead(x, row, k, offset)
+        half = bf16_bits(x[row, at(offset, lanes)], lanes)
+        T.buffer_store(bits, half, [slot, at(offset, lanes)])
+
+    _each_vector(k, rounded)
+    for padding in range(k, int(bits.shape[1])):
+        # Left as it was it could be a NaN, which no weight of 0 makes good.
+        T.buffer_store(bits, tirx.const(0, "int16"), [slot, padding])
+
+
+def normalise_row(x: Any, row: Any, k: int, norm: Any) -> Any:
+    """Layer norm of one row into an array ``(1, k)`` of the thread's own.
+
+    The variance is that of the differences from the mean, in a second pass over the row: of the
+    squares it would lose digits.
+
+    Args:
+        x: fp32 ``(m, k)``.
+        row: Of x.
+        k: Inputs.
+        norm: ``(2k + 1,)``: weight, bias and epsilon, one after the other.
+
+    Source:
+        Ba, Kiros, Hinton, Layer Normalization (arXiv 1607.06450), equation 4.
+    """
+    normalised = local((1, k))
+    sums, moments = local(LANES), local(2)
+
+    def add_up(term: Callable[[Any, int], Any], moment: int) -> None:
+        whole = k // LANES
+        T.buffer_store(sums, fill(T.float32(0), LANES), [at(0, LANES)])
+        with T.serial(0, whole) as c:
+            value = sums[at(0, LANES)] + term(c * LANES, LANES)
+            T.buffer_store(sums, value, [at(0, LANES)])
+        total = sums[0]
+        for lane in range(1, LANES):
+            total = total + sums[lane]
+        T.buffer_store(moments, total, [moment])
+        for offset in range(whole * LANES, k):
+            T.buffer_store(moments, moments[moment] + term(offset, 1), [moment])
+        T.buffer_store(moments, moments[moment] * T.float32(1.0 / k), [moment])
+
+    def difference(offset: Any, lanes: int) -> Any:
+        return x[row, at(offset, lanes)] - fill(moments[0], lanes)
+
+    add_up(lambda offset, lanes: x[row, at(offset, lanes)], 0)
+    add_up(lambda offset, lanes: difference(offset, lanes) * difference(offset, lanes), 1)
+    inverse = T.float32(1) / tirx.sqrt(moments[1] + norm[2 * k])
+    T.buffer_store(moments, inverse, [1])
+
+    def store(offset: Any, lanes: int) -> None:
+        _look_ahead(x, row, k, offset)
+        where = at(offset, lanes)
+        scaled = difference(offset, lanes) * fill(moments[1], lanes)
+        value = scaled * norm[at(offset, lanes)] + norm[at(k + offset, lanes)]
+        T.buffer_store(normalised, value, [0, where])
+
+    _each_vector(k, store)
+    return normalised
+
+
+def copy_row(x: Any, row: Any, k: int, copies: Any, slot: Any) -> None:
+    """One row as it is into ``copies[slot]``."""
+
+    def copy(offset: Any, lanes: int) -> None:
+        T.buffer_store(copies, x[row, at(offset, lanes)], [slot, at(offset, lanes)])
+
+    _each_vector(k, copy)
