@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 RUN    ?= runs/quick
 BASE   ?= HEAD~1
-PAIRS  ?= 6
+RESTARTS ?= 2
 
 .PHONY: install run test bench prove clean
 
@@ -29,11 +29,14 @@ test: install
 	$(BIN)/pytest
 
 bench: install
-	$(BIN)/python tests/bench/gate.py --base $(BASE) --pairs $(PAIRS)
+	$(BIN)/python tests/bench/gate.py --base $(BASE) --restarts $(RESTARTS)
 
-# Long and resumable: the shapes of the paper, on one and on two threads.
+# Long and resumable: the shapes of the paper, on one and on two threads; the targets of CONTRIBUTING.
 prove: install
 	$(BIN)/python -m profiler.sweep --config shiftaddvit-paper --threads 1,2 --out runs/paper
+	$(BIN)/python tests/prove/kill_sweep.py --kills 100 --out runs/prove
+	$(BIN)/python tests/prove/repeatability.py --out runs/prove
+	$(BIN)/python tests/prove/gate_error_rates.py
 
 clean:
 	rm -rf $(VENV) runs

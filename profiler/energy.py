@@ -1,27 +1,45 @@
 """Measured energy of a launch, from a cumulative meter.
 
 Meters update in steps: NVML's energy counter every 20 to 100 ms. So a window of launches runs
-from one step to another, under load all the time, and is long against a step. Nothing here is
-modelled; where no meter can be read the figure is None and the reason is given.
+from one step to another, under load all the time, and is long against a step. Where a device has
+two meters both are read and their disagreement is flagged. Nothing here is modelled; where no
+meter can be read the figure is None and the reason is given.
+
+The command records a meter at full rate; it lives in ``profiler.energy_recorder``.
 """
 
 from __future__ import annotations
 
 import random
-import threading
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
-from profiler.device import DeviceInfo
-from profiler.nvml import Probe, Unavailable, open_probe
+from profiler.meters import Meter, NvmlCounterMeter, NvmlPowerMeter, RaplMeter, find_meter
+from profiler.nvml import Unavailable
+
+__all__ = [
+    "EnergyReading",
+    "EnergySettings",
+    "Meter",
+    "NvmlCounterMeter",
+    "NvmlPowerMeter",
+    "RaplMeter",
+    "Unavailable",
+    "find_meter",
+    "measure_energy",
+    "measuring_s",
+]
 
 # A window is at least this many steps of the meter long, and a batch this small a part of one.
 _STEPS_PER_WINDOW = 20
 _BATCHES_PER_STEP = 20
+
+# Sensors of the same card are known to differ by -5.5 to +10.9 %.
+# Source: Yang, Adamek and Armour, Part-time Power Measurements, 2023.
+LARGEST_DISAGREEMENT = 0.11
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,9 @@ class EnergyReading:
         window_s: Total length of the windows in s.
         source: Name of the meter.
         reason: Why ``energy_mj``, or else ``energy_net_mj``, is None.
+        windows_mj: Gross energy of one launch, window by window.
+        check_mj: The same as ``energy_mj`` by the second meter; None where there is none.
+        check_source: Name of that meter.
     """
 
     energy_mj: float | None = None
@@ -64,209 +85,50 @@ class EnergyReading:
     window_s: float | None = None
     source: str | None = None
     reason: str | None = None
+    windows_mj: tuple[float, ...] = ()
+    check_mj: float | None = None
+    check_source: str | None = None
 
     def __post_init__(self) -> None:
         missing = self.energy_mj is None or self.energy_net_mj is None
         if missing != bool(self.reason):
             raise ValueError("reason is given exactly when a figure is missing")
 
+    @property
+    def variation(self) -> float | None:
+        """Coefficient of variation over the windows; None with fewer than two."""
+        if len(self.windows_mj) < 2:
+            return None
+        return statistics.stdev(self.windows_mj) / statistics.mean(self.windows_mj)
 
-class Meter(Protocol):
-    """A cumulative energy meter; ``profiler.energy_trace`` has one that plays back a recording.
+    @property
+    def disagreement(self) -> float | None:
+        """Second meter against the first, as a relative difference."""
+        if not self.energy_mj or self.check_mj is None:
+            return None
+        return self.check_mj / self.energy_mj - 1
 
-    Attributes:
-        name: Goes to the store as ``energy_source``.
-        step_s: Longest time that it takes to follow a change, in s.
-    """
-
-    name: str
-    step_s: float
-
-    def sampling(self) -> AbstractContextManager[Any]:
-        """Holds while the meter is read.
-
-        Raises:
-            Unavailable: If what it would read is not this process's load alone.
-        """
-
-    def read_mj(self) -> float:
-        """Energy in mJ since any fixed moment.
-
-        Raises:
-            Unavailable: If it cannot be read, or no longer.
-        """
-
-
-def _require_gpu_alone(probe: Probe) -> None:
-    if probe.mig():
-        raise Unavailable("MIG: the counter covers the whole GPU")
-    others = probe.other_processes()
-    if others:
-        raise Unavailable(f"other processes run on this GPU ({', '.join(map(str, others))})")
+    @property
+    def details(self) -> dict[str, str | float | None]:
+        """Further facts of a row; ``energy_flag`` is there when the meters disagree."""
+        facts: dict[str, str | float | None] = {}
+        if self.variation is not None:
+            facts["energy_cv"] = self.variation
+        if self.disagreement is not None:
+            facts["energy_check_mj"] = self.check_mj
+            facts["energy_check_source"] = self.check_source
+            if abs(self.disagreement) > LARGEST_DISAGREEMENT:
+                facts["energy_flag"] = (
+                    f"{self.check_source} gives {self.disagreement:+.0%} against {self.source}"
+                )
+        return facts
 
 
-class NvmlCounterMeter:
-    """NVML's energy counter."""
-
-    name = "nvml-counter"
-    step_s = 0.1
-
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Makes sure before and after that the GPU was ours alone."""
-        _require_gpu_alone(self._probe)
-        yield
-        _require_gpu_alone(self._probe)
-
-    def read_mj(self) -> float:
-        """The counter in mJ."""
-        return self._probe.energy_mj()
-
-
-class NvmlPowerMeter:
-    """NVML's power, sampled in a thread and integrated by the trapezoidal rule.
-
-    For GPUs without an energy counter. Its name says which power: ``nvml-power-instant``, or
-    ``nvml-power-usage`` which may be averaged over 1 s.
-    """
-
-    def __init__(
-        self,
-        probe: Probe,
-        interval_s: float = 0.02,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        kind = probe.power().kind
-        self.name = f"nvml-power-{kind}"
-        self.step_s = {"instant": 0.1, "usage": 1.0}[kind]
-        self._probe = probe
-        self._interval_s = interval_s
-        self._clock = clock
-        self._energy_mj = 0.0
-        self._last: tuple[float, float] | None = None
-        self._failure: Unavailable | None = None
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Samples in a thread, and makes sure that the GPU was ours alone."""
-        _require_gpu_alone(self._probe)
-        self._last = self._failure = None
-        self.sample()
-        ended = threading.Event()
-        thread = threading.Thread(target=self._sample_until, args=(ended,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-        _require_gpu_alone(self._probe)
-
-    def _sample_until(self, ended: threading.Event) -> None:
-        while not ended.wait(self._interval_s):
-            try:
-                self.sample()
-            except Unavailable as error:
-                self._failure = error
-                return
-
-    def sample(self) -> None:
-        """Takes one sample and adds the trapezoid since the last one."""
-        watts, now_s = self._probe.power().watts, self._clock()
-        if self._last is not None:
-            last_s, last_watts = self._last
-            self._energy_mj += (watts + last_watts) / 2 * (now_s - last_s) * 1e3
-        self._last = (now_s, watts)
-
-    def read_mj(self) -> float:
-        """The integral in mJ, up to the last sample."""
-        if self._failure is not None:
-            raise self._failure
-        return self._energy_mj
-
-
-class RaplMeter:
-    """RAPL's package counters, all packages added up.
-
-    They cover all that runs on the processor: other load counts in, a steady one only in the
-    gross figure. The counters wrap around; read them at least once a minute.
-
-    Source: Linux kernel, Documentation/power/powercap/powercap.rst.
-    """
-
-    name = "rapl"
-    # The counters themselves update every 1 ms.
-    step_s = 0.01
-
-    def __init__(self, packages: tuple[Path, ...]) -> None:
-        self._packages = packages
-        self._ranges_uj = [_read_uj(package / "max_energy_range_uj") for package in packages]
-        self._last_uj = self._read_all_uj()
-        self._total_uj = 0
-
-    def sampling(self) -> AbstractContextManager[Any]:
-        """Needs nothing."""
-        return nullcontext()
-
-    def _read_all_uj(self) -> list[int]:
-        return [_read_uj(package / "energy_uj") for package in self._packages]
-
-    def read_mj(self) -> float:
-        """Energy in mJ since the meter was made."""
-        now_uj = self._read_all_uj()
-        for now, last, wrap in zip(now_uj, self._last_uj, self._ranges_uj):
-            self._total_uj += now - last if now >= last else now - last + wrap
-        self._last_uj = now_uj
-        return self._total_uj / 1e3
-
-
-def _read_uj(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except PermissionError:
-        raise Unavailable("RAPL is not readable (permission denied)") from None
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"RAPL: {path} cannot be read ({error})") from error
-
-
-def _is_package(zone: Path) -> bool:
-    # The other zones (core, dram, psys) count again what the packages count, or what lies beside.
-    try:
-        return (zone / "name").read_text().startswith("package")
-    except OSError:
-        return False
-
-
-def find_meter(
-    device: DeviceInfo, nvml: Any = None, powercap: Path = Path("/sys/class/powercap")
-) -> Meter:
-    """The best meter that this machine has for a device.
-
-    Args:
-        device: Who is to be measured; a GPU is found by its UUID.
-        nvml: Stands in for the module ``pynvml``.
-        powercap: Where Linux shows RAPL.
-
-    Raises:
-        Unavailable: If there is none; the message is the reason.
-    """
-    if device.kind == "cpu":
-        packages = tuple(filter(_is_package, sorted(powercap.glob("intel-rapl:*"))))
-        if not packages:
-            raise Unavailable("RAPL is not exposed on this machine")
-        return RaplMeter(packages)
-    if device.uuid is None:
-        raise Unavailable("the GPU's UUID is not known")
-    probe = open_probe(device.uuid, nvml)
-    _require_gpu_alone(probe)
-    try:
-        probe.energy_mj()
-    except Unavailable:
-        return NvmlPowerMeter(probe)
-    return NvmlCounterMeter(probe)
+def measuring_s(meter: Meter, settings: EnergySettings) -> float:
+    """About how long ``measure_energy`` takes for one row, to be told before it starts."""
+    window_s = max(settings.window_s, _STEPS_PER_WINDOW * meter.step_s)
+    # Idle: settling, and a step at either end. A window: the pause, the lead-in, both steps.
+    return settings.idle_s + 2 * meter.step_s + settings.windows * (window_s + 2.5 * meter.step_s)
 
 
 def measure_energy(
@@ -291,31 +153,50 @@ def measure_energy(
         Gross and net energy of one launch, or the reason why there is none.
     """
     rng = rng or random.Random()
-    energy_mj = window_s = 0.0
-    launches = 0
     try:
-        with meter.sampling():
+        with ExitStack() as sampling:
+            for each in (meter, meter.check):
+                if each is not None:
+                    sampling.enter_context(each.sampling())
             idle_mw = _idle_power_mw(meter, settings.idle_s, clock, sleep)
             batch = _batch(launch, meter.step_s / _BATCHES_PER_STEP, clock)
+            windows = []
             for _ in range(settings.windows):
                 # Launches in step with the sensor would show it always the same phase.
                 sleep(rng.uniform(0, meter.step_s))
-                window = _window(launch, batch, meter, settings.window_s, clock)
-                energy_mj += window[0]
-                window_s += window[1]
-                launches += window[2]
+                windows.append(_window(launch, batch, meter, settings.window_s, clock))
     except Unavailable as error:
         return EnergyReading(reason=str(error))
-    gross_mj = energy_mj / launches
+    return _reading(windows, idle_mw, meter)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Energy by the meter and by its check (None where it has none), length and launches."""
+
+    energy_mj: float
+    check_mj: float | None
+    length_s: float
+    launches: int
+
+
+def _reading(windows: list[_Window], idle_mw: float, meter: Meter) -> EnergyReading:
+    launches = sum(window.launches for window in windows)
+    window_s = sum(window.length_s for window in windows)
+    gross_mj = sum(window.energy_mj for window in windows) / launches
     net_mj = gross_mj - idle_mw * window_s / launches
-    if net_mj <= 0:
-        return EnergyReading(
-            energy_mj=gross_mj,
-            window_s=window_s,
-            source=meter.name,
-            reason="net: the launches draw no more than the idle power",
-        )
-    return EnergyReading(gross_mj, net_mj, window_s, meter.name)
+    checks_mj = [window.check_mj for window in windows if window.check_mj is not None]
+    has_check = meter.check is not None and len(checks_mj) == len(windows)
+    return EnergyReading(
+        energy_mj=gross_mj,
+        energy_net_mj=net_mj if net_mj > 0 else None,
+        window_s=window_s,
+        source=meter.name,
+        reason=None if net_mj > 0 else "net: the launches draw no more than the idle power",
+        windows_mj=tuple(window.energy_mj / window.launches for window in windows),
+        check_mj=sum(checks_mj) / launches if has_check else None,
+        check_source=meter.check.name if meter.check and has_check else None,
+    )
 
 
 def _idle_power_mw(
@@ -351,8 +232,8 @@ def _window(
     meter: Meter,
     window_s: float,
     clock: Callable[[], float],
-) -> tuple[float, float, int]:
-    """Energy in mJ, length in s and launches of one window, under load from step to step.
+) -> _Window:
+    """One window, under load from step to step of the meter.
 
     Both ends are noticed up to one batch late, which cancels out but for that batch's jitter.
     """
@@ -367,13 +248,26 @@ def _window(
     while clock() < lead_in_end_s:
         work()
     start_mj, start_s = _next_step(meter, work, clock)
+    check_start_mj = _check_mj(meter)
     launches = 0
     end_s = start_s + max(window_s, _STEPS_PER_WINDOW * meter.step_s)
     # Reading the meter leaves the device idle for a moment: not inside the window.
     while clock() < end_s:
         work(batch * _BATCHES_PER_STEP)
     end_mj, end_s = _next_step(meter, work, clock)
-    return _growth_mj(meter, start_mj, end_mj), end_s - start_s, launches
+    check_end_mj = _check_mj(meter)
+    check_mj = None
+    if check_start_mj is not None and check_end_mj is not None:
+        check_mj = check_end_mj - check_start_mj
+    return _Window(_growth_mj(meter, start_mj, end_mj), check_mj, end_s - start_s, launches)
+
+
+def _check_mj(meter: Meter) -> float | None:
+    """The second meter's reading; a check that fails costs no figure."""
+    try:
+        return None if meter.check is None else meter.check.read_mj()
+    except Unavailable:
+        return None
 
 
 def _next_step(
@@ -394,3 +288,10 @@ def _growth_mj(meter: Meter, start_mj: float, end_mj: float) -> float:
     if end_mj <= start_mj:
         raise Unavailable(f"the {meter.name} meter went backwards")
     return end_mj - start_mj
+
+
+if __name__ == "__main__":
+    from profiler.command_line import run
+    from profiler.energy_recorder import app
+
+    run(app)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     Raises:
         ModelError: If timm knows none of that name or refuses the arguments.
     """
+    import timm  # over a second that most commands need not spend
+
     if not timm.is_model(name):
         close = (
             ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:5]) or "see timm.list_models()"

@@ -121,6 +121,18 @@ class Probe:
         """Present clock of the multiprocessors in MHz."""
         return float(self.ask("SM clock", "nvmlDeviceGetClockInfo", self.nvml.NVML_CLOCK_SM))
 
+    def full_sm_clock_mhz(self) -> float:
+        """Clock in MHz that the multiprocessors keep under load when nothing throttles them.
+
+        The application clock where one is set, else the maximum.
+        """
+        sm = self.nvml.NVML_CLOCK_SM
+        highest = float(self.ask("maximum SM clock", "nvmlDeviceGetMaxClockInfo", sm))
+        try:
+            return min(highest, self.ask("SM clock", "nvmlDeviceGetApplicationsClock", sm))
+        except Unavailable:
+            return highest
+
     def throttle_reasons(self) -> tuple[str, ...]:
         """What holds the clocks below their maximum at present; empty when nothing does."""
         # The older of this function's two names: every driver has it.

@@ -1,23 +1,31 @@
-"""What samples of a latency say: contamination, median, intervals. Pure functions, no clock."""
+"""What samples of a latency say: plateau, contamination, median, intervals, noise floor.
+
+Pure functions, no clock.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import bdtr
 
-StopReason = Literal["precision", "max_time", "contended"]
+StopReason = Literal["precision", "max_time", "contended", "too short"]
 
 # The fewest independent values whose median has a 95 % order-statistic interval: 1 - 2^(1-6).
 FEWEST_BURSTS = 6
 OUTLIER_FACTOR = 3.0
 OUTLIER_FLOOR_MS = 0.02
-LARGEST_WAITING_SHARE = 0.5
+# Beyond these even the samples that lost no time shared cores, caches and memory with others.
+LARGEST_WAITING_SHARE = 0.2
+LARGEST_OTHERS_SHARE = 0.6
+
+_PLATEAU_WINDOW = 5
+_PLATEAU_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +34,16 @@ class TimingSettings:
 
     Attributes:
         sample_ms: Target length of one sample: as many launches back to back as fill it.
-        warmup_ms: Launches before each burst, until the spinning threads of the candidate before
-            have gone to sleep and caches and clocks have settled.
+        warmup_ms: Least length of the warm-up before each burst: until the spinning threads of
+            the candidate before have gone to sleep. It goes on until the samples have plateaued.
+        warmup_max_ms: Most that the first warm-up of a candidate takes to reach a plateau, and a
+            tenth of it the least; that tenth is the most of those before the bursts.
         burst_ms: Target length of one burst of samples; at least one sample.
         rounds_min: Bursts of each candidate before it may stop, at least 6.
         precision: Half-width of the 95 % interval, relative to the median, that suffices.
-        max_time_s: Time for one candidate, warm-ups included. The least number of bursts is
-            taken in any case: fewer give no interval.
+        min_time_s: Time for one candidate at least, warm-ups included.
+        max_time_s: Time for one candidate at most. The least number of bursts is taken in any
+            case: fewer give no interval.
         disturbed_share: Part of a sample's length that may be lost to other processes.
 
     Raises:
@@ -41,9 +52,11 @@ class TimingSettings:
 
     sample_ms: float = 1.0
     warmup_ms: float = 10.0
-    burst_ms: float = 10.0
-    rounds_min: int = 8
+    warmup_max_ms: float = 500.0
+    burst_ms: float = 30.0
+    rounds_min: int = 10
     precision: float = 0.02
+    min_time_s: float = 0.0
     max_time_s: float = 3.0
     disturbed_share: float = 0.02
 
@@ -55,14 +68,20 @@ class TimingSettings:
         for name in ("sample_ms", "burst_ms", "precision", "max_time_s", "disturbed_share"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be above 0, got {getattr(self, name)}")
-        if self.warmup_ms < 0:
-            raise ValueError(f"warmup_ms: must not be negative, got {self.warmup_ms}")
+        for name in ("warmup_ms", "min_time_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+        for least, most in (("warmup_ms", "warmup_max_ms"), ("min_time_s", "max_time_s")):
+            if getattr(self, least) > getattr(self, most):
+                raise ValueError(f"{least}: must not exceed {most}")
 
 
 PRESETS: dict[str, TimingSettings] = {
-    "quick": TimingSettings(sample_ms=0.5, rounds_min=6, precision=0.03, max_time_s=0.6),
-    "standard": TimingSettings(),
-    "precise": TimingSettings(rounds_min=20, precision=0.005, max_time_s=20.0),
+    "quick": TimingSettings(
+        sample_ms=0.5, warmup_ms=5.0, warmup_max_ms=200.0, burst_ms=15.0, max_time_s=0.6
+    ),
+    "standard": TimingSettings(min_time_s=0.3),
+    "precise": TimingSettings(rounds_min=20, precision=0.005, min_time_s=2.0, max_time_s=20.0),
 }
 
 
@@ -71,13 +90,18 @@ class Timing:
     """What was measured of one candidate. Its figures are named as in ``Measurement``.
 
     Attributes:
-        latency_ms: Median of the kept samples, per launch; None when contended.
+        latency_ms: Median of the kept samples, per launch; None when contended or too short.
         latency_low_ms, latency_high_ms: 95 % confidence interval of that median.
         latency_p10_ms, latency_p90_ms: Percentiles of the kept samples.
         samples_kept, samples_discarded: Clean and contaminated samples.
         stop_reason: Why sampling stopped, or that the figure was given up.
         reason: Why there is no latency.
         bursts_ms: Median of each burst in order, None where no sample was clean.
+        samples_ms: The kept samples in the order in which they were taken, per launch; empty when
+            contended.
+        details: Further facts: ``launches_per_sample``; ``plateaued``, whether the first warm-up
+            ended so; ``waiting_share`` of the sampling time; ``others_share``, CPU time of other
+            processes over that of all CPUs; and what a GPU's clock adds. Not a column.
     """
 
     latency_ms: float | None
@@ -90,12 +114,15 @@ class Timing:
     stop_reason: StopReason
     reason: str | None = None
     bursts_ms: tuple[float | None, ...] = ()
+    samples_ms: tuple[float, ...] = ()
+    details: Mapping[str, str | float | int | bool | None] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The fields that ``Measurement`` shares, ``status`` included."""
-        shared = {name: value for name, value in vars(self).items() if name != "bursts_ms"}
-        return shared | {"status": "ok" if self.latency_ms is not None else "contended"}
+        """The fields that ``Measurement`` shares, raw samples and ``status`` included."""
+        shared = {name: value for name, value in vars(self).items() if name != "details"}
+        missing = "skipped" if self.stop_reason == "too short" else "contended"
+        return shared | {"status": missing if self.latency_ms is None else "ok"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +143,42 @@ class Burst:
         latencies_ms: Per launch, ``(samples,)``.
         waited_ms: Lost waiting for a CPU during each sample, ``(samples,)``.
         stolen_ms: Stolen by the hypervisor during the burst.
+        length_ms: Of the whole burst, with what lies between the samples.
+        others_ms: CPU time of other processes during the burst, divided by the number of CPUs.
+        throttled: Whether the device's clock was too low during each sample, ``(samples,)``;
+            empty for a device that does not tell.
     """
 
     number: int
     latencies_ms: tuple[float, ...]
     waited_ms: tuple[float, ...]
     stolen_ms: float
+    length_ms: float = math.inf
+    others_ms: float = 0.0
+    throttled: tuple[bool, ...] = ()
+
+    @property
+    def durations_ms(self) -> np.ndarray:
+        """Length of each sample, ``(samples,)``."""
+        return np.array(self.latencies_ms) * self.number
+
+
+def has_plateaued(values: Sequence[float]) -> bool:
+    """Whether samples taken one after the other, or a clock's readings, no longer drift.
+
+    The medians of the last third and of the third before differ by less than 1 %, or by less than
+    those values scatter around them. The windows grow with what was taken, since a slow ramp looks
+    flat through a short one. A launch's samples hold its device's clock: where this one still
+    rises, those still fall.
+    """
+    window = len(values) // 3
+    if window < _PLATEAU_WINDOW:
+        return False
+    before, recent = np.reshape(values[-2 * window :], (2, window))
+    centres = np.median(before), np.median(recent)
+    scatter = np.median(np.abs(np.concatenate([before - centres[0], recent - centres[1]])))
+    allowed = max(_PLATEAU_TOLERANCE * centres[1], scatter)
+    return bool(abs(centres[1] - centres[0]) <= allowed)
 
 
 def median_interval(values: npt.ArrayLike) -> tuple[float, float]:
@@ -162,13 +219,31 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> Ratio | None:
     return Ratio(float(np.median(ratios)), *median_interval(ratios))
 
 
+def noise_floor(first: Timing, second: Timing) -> float | None:
+    """The relative difference below which nothing of a run is to be called a difference.
+
+    The largest difference that the 95 % interval of their ratio allows between two candidates
+    that are known to be equal.
+
+    Args:
+        first, second: An A/A pair: one kernel bound twice, to operands and outputs of its own
+            (where they lie in memory is part of the noise), and measured interleaved.
+
+    Returns:
+        Such as 0.004 for 0.4 %; None where ``paired_ratio`` has none.
+    """
+    ratio = paired_ratio(first, second)
+    return None if ratio is None else max(ratio.high, 1 / ratio.low) - 1
+
+
 def _clean_samples(bursts: Sequence[Burst], disturbed_share: float) -> list[np.ndarray]:
     """The latencies of each burst that nothing disturbed, ``(clean samples,)`` each."""
     undisturbed = []
     for burst in bursts:
-        latencies = np.array(burst.latencies_ms)
-        durations = latencies * burst.number
+        latencies, durations = np.array(burst.latencies_ms), burst.durations_ms
         calm = np.array(burst.waited_ms) <= disturbed_share * durations
+        if burst.throttled:
+            calm &= ~np.array(burst.throttled)
         if burst.stolen_ms > disturbed_share * durations.sum():
             calm[:] = False
         undisturbed.append((latencies[calm], burst.number))
@@ -188,12 +263,12 @@ def summarise(
 ) -> Timing:
     """Median, interval and counts of one candidate's bursts.
 
-    A sample is dropped when more than ``disturbed_share`` of it was lost to other processes; a
-    burst likewise by steal; and so is a sample above 3 × the median (and 20 µs): a spin barrier
-    whose partner was held up. There is no figure ("contended") when fewer than half of the
-    samples or fewer than ``rounds_min`` bursts are clean, or when more of the
-    sampling time went in waiting than in running: then even the clean samples shared cores and
-    caches with others.
+    A sample is dropped when more than ``disturbed_share`` of it was lost to other processes, or
+    when it ran at too low a clock; a burst when so much was stolen; and so is a sample above 3 ×
+    the median (and 20 µs): a spin barrier whose partner was held up. There is no figure
+    ("contended") when fewer than half of the samples or fewer than ``rounds_min`` bursts are
+    clean, when more than a fifth of the sampling time went in waiting, or when other processes
+    had more than 60 % of all CPUs: then even the clean samples shared cores, caches and memory.
 
     The interval is the wider of two order-statistic intervals: over the samples, and over the
     bursts' medians. Samples of one burst share clocks, cache contents and placement, so the first
@@ -208,16 +283,28 @@ def summarise(
         raise ValueError("no bursts to summarise")
     clean = _clean_samples(bursts, settings.disturbed_share)
     kept = np.concatenate(clean)
-    taken = sum(len(burst.latencies_ms) for burst in bursts)
-    medians = [float(np.median(burst)) if burst.size else None for burst in clean]
+    medians = tuple(float(np.median(burst)) if burst.size else None for burst in clean)
     known = [median for median in medians if median is not None]
-    sampling_ms = sum(sum(burst.latencies_ms) * burst.number for burst in bursts)
-    waiting = sum(sum(burst.waited_ms) for burst in bursts) / sampling_ms
+    taken = sum(len(burst.latencies_ms) for burst in bursts)
+    sampling_ms = sum(burst.durations_ms.sum() for burst in bursts)
+    throttled = sum(sum(burst.throttled) for burst in bursts)
+    waiting = float(sum(sum(burst.waited_ms) for burst in bursts) / sampling_ms)
+    others = sum(burst.others_ms for burst in bursts) / sum(burst.length_ms for burst in bursts)
+    details: dict[str, str | float | int | bool | None] = {
+        "launches_per_sample": bursts[0].number,
+        "waiting_share": round(waiting, 4),
+        "others_share": round(max(others, 0.0), 3),
+    }
+    if any(len(burst.throttled) for burst in bursts):
+        details["samples_throttled"] = throttled
     reason = None
     if 2 * kept.size < taken or len(known) < settings.rounds_min:
         reason = f"contended: {kept.size} of {taken} samples clean, in {len(known)} bursts"
+        reason += f"; {throttled} at too low a clock" if throttled else ""
     elif waiting > LARGEST_WAITING_SHARE:
         reason = f"contended: {waiting:.0%} of the sampling time spent waiting for a CPU"
+    elif others > LARGEST_OTHERS_SHARE:
+        reason = f"contended: other processes took {others:.0%} of all CPUs"
     if reason:
         return Timing(
             latency_ms=None,
@@ -225,7 +312,8 @@ def summarise(
             samples_discarded=taken - kept.size,
             stop_reason="contended",
             reason=reason,
-            bursts_ms=tuple(medians),
+            bursts_ms=medians,
+            details=details,
         )
     low, high = zip(median_interval(kept), median_interval(known))
     p10, median, p90 = (float(value) for value in np.percentile(kept, (10, 50, 90)))
@@ -238,5 +326,7 @@ def summarise(
         samples_kept=kept.size,
         samples_discarded=taken - kept.size,
         stop_reason=stop_reason,
-        bursts_ms=tuple(medians),
+        bursts_ms=medians,
+        samples_ms=tuple(kept.tolist()),
+        details=details,
     )

@@ -2,112 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import suppress
-from datetime import UTC, datetime
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
+from profiler.measurement import Measurement, row_key
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "SCHEMA_VERSION",
+    "Measurement",
+    "Store",
+    "StoreError",
+    "create_store",
+    "open_store",
+    "row_key",
+]
+
+SCHEMA_VERSION = 2
 
 
 class StoreError(ValueError):
-    """A store that is absent, foreign or of another version."""
-
-
-class Measurement(BaseModel):
-    """One measured figure, or the reason why there is none.
-
-    Attributes:
-        kind: ``primitive`` (one kernel), ``layer`` (an MoE or attention layer), ``model``.
-        workload: For primitives; None for layers and models.
-        subject: What was measured, in words: workload label, layer or model name.
-        device: Who was measured.
-        lowering: Which implementation: ``mult.tiled``, ``torch.fp32``, ``deployed``, ….
-        is_baseline: True for an implementation of another project.
-        cache: ``hot`` or ``cold``.
-        latency_ms: Median of the kept samples, per launch.
-        latency_low_ms, latency_high_ms: 95 % confidence interval of that median.
-        latency_p10_ms, latency_p90_ms: Percentiles of the kept samples.
-        samples_kept, samples_discarded: Clean and contaminated samples.
-        stop_reason: Why sampling stopped: ``precision``, ``max_time``, ``contended``.
-        energy_mj, energy_net_mj: Measured energy per launch, gross and above idle.
-        energy_window_s: Total length of the energy windows.
-        energy_source: ``nvml-counter``, ``nvml-power``, ``rapl``, ``replay``; None if unmeasured.
-        energy_reason: Why energy is None.
-        weight_bytes: Stored parameters.
-        peak_memory_bytes: None where not tracked.
-        max_abs_error: Against the float64 oracle, on fresh random inputs.
-        status: ``ok``; ``contended``, ``failed`` or ``skipped`` have latency None and a reason.
-        run: Name of the sweep that wrote the row.
-        details: Further facts as plain JSON (model rows: batch size, share of tokens, …).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    kind: Literal["primitive", "layer", "model"] = "primitive"
-    workload: Workload | None = None
-    subject: str
-    device: DeviceInfo
-    lowering: str
-    is_baseline: bool = False
-    cache: Literal["hot", "cold"] = "hot"
-    latency_ms: float | None = Field(None, gt=0)
-    latency_low_ms: float | None = None
-    latency_high_ms: float | None = None
-    latency_p10_ms: float | None = None
-    latency_p90_ms: float | None = None
-    samples_kept: int = 0
-    samples_discarded: int = 0
-    stop_reason: str | None = None
-    energy_mj: float | None = Field(None, gt=0)
-    energy_net_mj: float | None = None
-    energy_window_s: float | None = None
-    energy_source: str | None = None
-    energy_reason: str | None = None
-    weight_bytes: int | None = None
-    peak_memory_bytes: int | None = None
-    max_abs_error: float | None = None
-    status: Literal["ok", "contended", "failed", "skipped"] = "ok"
-    reason: str | None = None
-    run: str = ""
-    created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    details: dict[str, str | float | int | bool | None] = {}
-
-    @model_validator(mode="after")
-    def _a_missing_figure_has_a_reason(self) -> Measurement:
-        if (self.latency_ms is None) == (self.status == "ok"):
-            raise ValueError("latency_ms is given exactly when status is ok")
-        if self.status != "ok" and not self.reason:
-            raise ValueError("a row that is not ok needs a reason")
-        if self.energy_mj is None and not self.energy_reason:
-            raise ValueError("energy_reason is needed where energy_mj is missing")
-        return self
-
-    @property
-    def key(self) -> str:
-        """Identity of the row: what was measured, how, on which device. Resume looks it up."""
-        return row_key(
-            self.workload.key if self.workload else f"{self.kind}:{self.subject}",
-            self.lowering,
-            self.cache,
-            self.device.fingerprint,
-        )
-
-
-def row_key(subject_key: str, lowering: str, cache: str, fingerprint: str) -> str:
-    """Content hash of a row's identity."""
-    return hashlib.sha256(
-        "|".join((subject_key, lowering, cache, fingerprint)).encode()
-    ).hexdigest()[:24]
+    """A store that is absent, foreign, damaged or of another version."""
 
 
 _metadata = sa.MetaData()
@@ -126,6 +50,7 @@ _devices = sa.Table(
 )
 
 _SQL_TYPES = {str: sa.String, float: sa.Float, int: sa.Integer, bool: sa.Boolean}
+_FRAME_TYPES = {str: "string", float: "float64", int: "Int64", bool: "boolean"}
 _PLAIN_COLUMNS: dict[str, type] = {
     "kind": str,
     "subject": str,
@@ -140,6 +65,7 @@ _PLAIN_COLUMNS: dict[str, type] = {
     "samples_kept": int,
     "samples_discarded": int,
     "stop_reason": str,
+    "noise_floor": float,
     "energy_mj": float,
     "energy_net_mj": float,
     "energy_window_s": float,
@@ -148,6 +74,7 @@ _PLAIN_COLUMNS: dict[str, type] = {
     "weight_bytes": int,
     "peak_memory_bytes": int,
     "max_abs_error": float,
+    "relative_error": float,
     "status": str,
     "reason": str,
     "run": str,
@@ -173,84 +100,156 @@ _measurements = sa.Table(
     *(sa.Column(name, _SQL_TYPES[kind]) for name, kind in _PLAIN_COLUMNS.items()),
     *(sa.Column(name, _SQL_TYPES[kind]) for name, kind in _DERIVED_COLUMNS.items()),
 )
+# Beside the rows, so that reading these does not drag the samples along. Each blob is a zlib
+# stream of little-endian float64; NaN stands for None.
+_samples = sa.Table(
+    "samples",
+    _metadata,
+    sa.Column("key", sa.String, sa.ForeignKey("measurements.key"), primary_key=True),
+    sa.Column("samples_ms", sa.LargeBinary, nullable=False),
+    sa.Column("bursts_ms", sa.LargeBinary, nullable=False),
+)
+
+# What a damaged database raises: SQLAlchemy's own errors, and those of converting its values.
+_DAMAGE = (sa.exc.SQLAlchemyError, ValueError, TypeError, AttributeError)
 
 
 class Store:
     """Measurements in a SQL database; SQLite in WAL mode unless a URL says otherwise."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, location: str) -> None:
         self._engine = engine
+        self._location = location
 
-    def put(self, row: Measurement) -> None:
-        """Writes one row at once; a row of the same key is replaced."""
-        values = {name: getattr(row, name) for name in _PLAIN_COLUMNS}
-        values |= {name: getattr(row.workload, name, None) for name in _DERIVED_COLUMNS}
-        values |= {
-            "key": row.key,
-            "fingerprint": row.device.fingerprint,
-            "workload": row.workload.to_dict() if row.workload else None,
-            "details": dict(row.details),
-        }
-        device = {
-            "fingerprint": row.device.fingerprint,
-            "label": row.device.label,
-            "info": row.device.model_dump(),
-        }
-        with self._engine.begin() as connection:
-            _lock(connection)
-            known = connection.execute(
-                sa.select(_devices.c.fingerprint).where(
-                    _devices.c.fingerprint == device["fingerprint"]
-                )
-            ).first()
-            if known is None:
-                connection.execute(_devices.insert().values(device))
-            connection.execute(_measurements.delete().where(_measurements.c.key == row.key))
-            connection.execute(_measurements.insert().values(values))
+    def put(self, *rows: Measurement) -> None:
+        """Writes rows at once, samples included: all of them or, if interrupted, none.
 
-    def finished_keys(self) -> set[str]:
-        """Keys of the rows with a figure: what a resumed sweep need not measure again."""
-        query = sa.select(_measurements.c.key).where(_measurements.c.status == "ok")
-        with self._engine.connect() as connection:
-            return set(connection.execute(query).scalars())
-
-    def rows(self) -> Iterator[Measurement]:
-        """All rows, oldest first.
+        A row of the same key is replaced.
 
         Raises:
-            StoreError: On a row that this version cannot read.
+            StoreError: If the database cannot be written.
         """
-        with self._engine.connect() as connection:
-            devices = {
-                fingerprint: DeviceInfo.model_validate(info)
-                for fingerprint, info in connection.execute(
-                    sa.select(_devices.c.fingerprint, _devices.c.info)
-                )
-            }
-            query = sa.select(_measurements).order_by(
-                _measurements.c.created_at, _measurements.c.key
-            )
-            for record in connection.execute(query).mappings():
-                try:
-                    workload = record["workload"]
-                    yield Measurement(
-                        **{name: record[name] for name in _PLAIN_COLUMNS},
-                        workload=Workload.from_dict(workload) if workload else None,
-                        device=devices[record["fingerprint"]],
-                        details=record["details"],
-                    )
-                except (ValueError, KeyError, TypeError) as error:
-                    raise StoreError(f"row {record['key']}: {error}") from error
+        with _damage(self._location, "cannot be written"), self._engine.begin() as connection:
+            _lock(connection)
+            for row in rows:
+                _write(connection, row)
+
+    def finished_keys(self) -> set[str]:
+        """Keys of the rows with a figure: what a resumed sweep need not measure again.
+
+        Raises:
+            StoreError: If the database cannot be read.
+        """
+        query = sa.select(_measurements.c.key).where(_measurements.c.status == "ok")
+        with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
+            return set(connection.execute(query).scalars())
+
+    def rows(self, samples: bool = False) -> Iterator[Measurement]:
+        """All rows, oldest first.
+
+        Args:
+            samples: With their samples, which are most of the bytes and which few readers need.
+
+        Raises:
+            StoreError: If the database, or one of its rows, cannot be read.
+        """
+        query = sa.select(_measurements).order_by(_measurements.c.created_at, _measurements.c.key)
+        if samples:
+            blobs = (_samples.c.samples_ms, _samples.c.bursts_ms)
+            query = query.outerjoin(_samples).add_columns(*blobs)
+        with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
+            records = connection.execute(query).mappings().all()
+            known = connection.execute(sa.select(_devices.c.fingerprint, _devices.c.info)).all()
+        devices: dict[str, Any] = dict(known)
+        for record in records:
+            try:
+                device = DeviceInfo.model_validate(devices[record["fingerprint"]])
+                yield _row(record, device, samples)
+            except (*_DAMAGE, KeyError, zlib.error) as error:
+                raise StoreError(f"{self._location}: row {record['key']}: {error}") from error
 
     def frame(self) -> pd.DataFrame:
-        """All rows as a table, one column a field, with the device's label and fingerprint."""
+        """All rows as a table, one column a field, with the device's label and fingerprint.
+
+        Raises:
+            StoreError: If the database cannot be read.
+        """
         query = sa.select(_measurements, _devices.c.label.label("device")).join(_devices)
-        with self._engine.connect() as connection:
-            return pd.read_sql(query, connection)
+        columns = (_PLAIN_COLUMNS | _DERIVED_COLUMNS).items()
+        with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
+            result = connection.execute(query)
+            frame = pd.DataFrame(result.all(), columns=list(result.keys()))
+            # Else a column without any figure, such as energy, would have no type.
+            return frame.astype({name: _FRAME_TYPES[kind] for name, kind in columns})
 
     def close(self) -> None:
         """Releases the database."""
         self._engine.dispose()
+
+
+@contextmanager
+def _damage(location: str, meaning: str) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except _DAMAGE as error:
+        # Without the statement and the address of the manual that SQLAlchemy adds.
+        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        raise StoreError(f"{location}: {meaning} ({cause})") from error
+
+
+def _write(connection: sa.Connection, row: Measurement) -> None:
+    fingerprint = row.device.fingerprint
+    known = sa.select(_devices.c.fingerprint).where(_devices.c.fingerprint == fingerprint)
+    if connection.execute(known).first() is None:
+        info = row.device.model_dump()
+        connection.execute(
+            _devices.insert().values(fingerprint=fingerprint, label=row.device.label, info=info)
+        )
+    connection.execute(_samples.delete().where(_samples.c.key == row.key))
+    connection.execute(_measurements.delete().where(_measurements.c.key == row.key))
+    connection.execute(
+        _measurements.insert().values(
+            key=row.key,
+            fingerprint=fingerprint,
+            workload=row.workload.to_dict() if row.workload else None,
+            details=dict(row.details),
+            **{name: getattr(row, name) for name in _PLAIN_COLUMNS},
+            **{name: getattr(row.workload, name, None) for name in _DERIVED_COLUMNS},
+        )
+    )
+    if row.samples_ms or row.bursts_ms:
+        connection.execute(
+            _samples.insert().values(
+                key=row.key,
+                samples_ms=_compress(row.samples_ms),
+                bursts_ms=_compress(row.bursts_ms),
+            )
+        )
+
+
+def _row(record: Any, device: DeviceInfo, samples: bool) -> Measurement:
+    workload = record["workload"]
+    fields = {name: record[name] for name in _PLAIN_COLUMNS}
+    if samples and record["samples_ms"] is not None:
+        bursts_ms = _decompress(record["bursts_ms"])
+        fields["samples_ms"] = _decompress(record["samples_ms"])
+        fields["bursts_ms"] = [None if math.isnan(median) else median for median in bursts_ms]
+    return Measurement(
+        **fields,
+        workload=Workload.from_dict(workload) if workload else None,
+        device=device,
+        details=record["details"],
+    )
+
+
+def _compress(values: Sequence[float | None]) -> bytes:
+    return zlib.compress(np.array(values, dtype="<f8").tobytes())
+
+
+def _decompress(blob: bytes) -> list[float]:
+    return np.frombuffer(zlib.decompress(blob), dtype="<f8").tolist()
 
 
 def _url(location: str) -> str:
@@ -258,7 +257,10 @@ def _url(location: str) -> str:
 
 
 def _engine(location: str) -> sa.Engine:
-    engine = sa.create_engine(_url(location))
+    try:
+        engine = sa.create_engine(_url(location))
+    except (sa.exc.SQLAlchemyError, ImportError, ValueError) as error:
+        raise StoreError(f"{location}: names no database ({error})") from error
     if engine.dialect.name == "sqlite":
 
         @sa.event.listens_for(engine, "connect")
@@ -275,16 +277,14 @@ def _lock(connection: sa.Connection) -> None:
 
 
 def _check_version(engine: sa.Engine, location: str) -> None:
-    try:
-        with engine.connect() as connection:
-            version = connection.execute(
-                sa.select(_meta.c.value).where(_meta.c.name == "schema_version")
-            ).scalar()
-    except sa.exc.DatabaseError as error:
-        raise StoreError(f"{location}: is no measurement store ({error.orig})") from error
+    with _damage(location, "is no measurement store"), engine.connect() as connection:
+        version = connection.execute(
+            sa.select(_meta.c.value).where(_meta.c.name == "schema_version")
+        ).scalar()
     if version != str(SCHEMA_VERSION):
         raise StoreError(
-            f"{location}: schema_version is {version}, this version reads {SCHEMA_VERSION}"
+            f"{location}: schema_version is {version}, this version reads {SCHEMA_VERSION}; "
+            "measure into a new store"
         )
 
 
@@ -302,7 +302,7 @@ def open_store(location: str | Path) -> Store:
         raise StoreError(f"{location}: no such store")
     engine = _engine(location)
     _check_version(engine, location)
-    return Store(engine)
+    return Store(engine, location)
 
 
 def create_store(location: str | Path) -> Store:
@@ -313,7 +313,7 @@ def create_store(location: str | Path) -> Store:
     """
     location = str(location)
     engine = _engine(location)
-    try:
+    with _damage(location, "cannot be written"):
         with engine.begin() as connection:
             _lock(connection)
             is_new = not sa.inspect(connection).get_table_names()
@@ -327,7 +327,5 @@ def create_store(location: str | Path) -> Store:
             # Another writer may be at work already; the store is as safe without, only slower.
             with engine.connect() as connection, suppress(sa.exc.OperationalError):
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    except sa.exc.SQLAlchemyError as error:
-        raise StoreError(f"{location}: cannot be written ({error})") from error
     _check_version(engine, location)
-    return Store(engine)
+    return Store(engine, location)

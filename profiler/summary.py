@@ -8,7 +8,8 @@ from statistics import geometric_mean, median
 
 from rich.table import Table
 
-from profiler.store import Measurement
+from kernels.workload import FORMS
+from profiler.measurement import Measurement
 
 
 def by_product(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
@@ -27,15 +28,30 @@ def fastest(rows: Sequence[Measurement], is_baseline: bool) -> Measurement | Non
     return min(found, key=lambda row: row.latency_ms or 0.0, default=None)
 
 
+def noise_floor(rows: Sequence[Measurement]) -> float:
+    """The largest noise floor of some rows; 0 where none was measured."""
+    return max((row.noise_floor for row in rows if row.noise_floor is not None), default=0.0)
+
+
+def in_words(ratio: float, floor: float) -> str:
+    """A ratio of latencies, or that it is none to speak of.
+
+    Args:
+        ratio: Either way round.
+        floor: Noise floor: a relative difference below it is not called a difference.
+    """
+    return "≈ 1" if max(ratio, 1 / ratio) - 1 < floor else f"{ratio:.2f}"
+
+
 def _us(row: Measurement | None) -> str:
     return "—" if row is None or row.latency_ms is None else f"{row.latency_ms * 1e3:.1f}"
 
 
-def _speedup(row: Measurement | None) -> str:
-    if row is None or row.details.get("speedup") is None:
+def _ratio(row: Measurement | None, label: str) -> str:
+    if row is None or row.details.get(label) is None:
         return "—"
-    value, low, high = (row.details[f"speedup{end}"] for end in ("", "_low", "_high"))
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    value, low, high = (float(row.details[f"{label}{end}"] or 0) for end in ("", "_low", "_high"))
+    return f"{in_words(value, noise_floor([row]))} [{low:.2f}, {high:.2f}]"
 
 
 def _roof(row: Measurement | None) -> str:
@@ -43,20 +59,30 @@ def _roof(row: Measurement | None) -> str:
     return "—" if share is None else f"{100 * float(share):.0f} %"
 
 
-def _shift_over_int8(rows: Sequence[Measurement], form: str) -> str:
-    for row in rows:
-        of_form = row.workload is not None and row.workload.form == form
-        if of_form and row.details.get("shift_over_int8_mult") is not None:
-            ends = (row.details[f"shift_over_int8_mult{end}"] for end in ("", "_low", "_high"))
-            return "{:.2f} [{:.2f}, {:.2f}]".format(*ends)
-    return "—"
+def _of_form(rows: Sequence[Measurement], form: str) -> Measurement | None:
+    found = [row for row in rows if row.workload is not None and row.workload.form == form]
+    return next((row for row in found if row.details.get("shift_over_int8_mult")), None)
+
+
+def _lost(rows: Sequence[Measurement]) -> str:
+    """Relative error of our fastest shift, which is what its alphabet loses."""
+    shifts = [row for row in rows if row.workload and row.workload.primitive == "shift"]
+    row = fastest(shifts, False)
+    if row is None or row.relative_error is None or row.workload is None:
+        return "—"
+    return f"{row.relative_error:.1%} ({row.workload.form.removeprefix('shift_')})"
 
 
 def summary_table(rows: Sequence[Measurement], title: str) -> Table:
     """One line a product; ratios are from interleaved rounds, with their 95 % intervals."""
-    table = Table(title=title, caption="speed-up: fastest baseline ÷ our fastest, above 1 we win")
+    caption = (
+        "speed-up: fastest baseline ÷ our fastest, above 1 we win; ≈ 1: within the noise floor."
+        " Shift's error: RMS against the fp32 product."
+    )
+    table = Table(title=title, caption=caption)
     headings = ("product", "our fastest", "µs", "of roof", "baseline", "µs", "speed-up")
-    for name in (*headings, "int8 shift ÷ int8 mult", "int4 shift ÷ int8 mult"):
+    shifts = ("int8 shift ÷ int8 mult", "int4 shift ÷ int8 mult", "shift's error")
+    for name in (*headings, *shifts):
         table.add_column(name, justify="left" if name in ("product", "our fastest") else "right")
     for product, group in by_product(rows).items():
         ours, baseline = fastest(group, False), fastest(group, True)
@@ -69,21 +95,45 @@ def summary_table(rows: Sequence[Measurement], title: str) -> Table:
             _roof(ours),
             f"{against} ({', '.join(failed)} failed)" if failed else against,
             _us(baseline),
-            _speedup(ours),
-            _shift_over_int8(group, "shift_int8"),
-            _shift_over_int8(group, "shift_int4"),
+            _ratio(ours, "speedup"),
+            _ratio(_of_form(group, "shift_int8"), "shift_over_int8_mult"),
+            _ratio(_of_form(group, "shift_int4"), "shift_over_int8_mult"),
+            _lost(group),
         )
     return table
+
+
+def noise_line(rows: Sequence[Measurement]) -> str:
+    """What a kernel against itself showed, and how many speed-ups drown in it."""
+    floors = sorted({row.noise_floor for row in rows if row.noise_floor is not None})
+    if not floors:
+        return "noise floor: not measured (contended, or no kernel of ours)"
+    speedups = [float(row.details["speedup"] or 1) for row in rows if row.details.get("speedup")]
+    hidden = sum(in_words(ratio, floors[-1]) == "≈ 1" for ratio in speedups)
+    shown = " to ".join(f"{floor:.1%}" for floor in dict.fromkeys((floors[0], floors[-1])))
+    hides = f"; it hides {hidden} of {len(speedups)} speed-ups" if speedups else ""
+    return f"noise floor: {shown} (a kernel against itself){hides}"
+
+
+def overhead_lines(rows: Sequence[Measurement]) -> list[str]:
+    """What a launch costs by itself, which is part of every latency on a CPU."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.device.kind == "cpu" and row.details.get("launch_overhead_ms"):
+            runtime = "torch" if row.is_baseline else "ours"
+            found[runtime].append(float(row.details["launch_overhead_ms"] or 0))
+    each = [f"{name} {median(values) * 1e3:.2f} µs" for name, values in sorted(found.items())]
+    return [f"launch overhead, part of each latency: {', '.join(each)}"] if each else []
 
 
 def headlines(rows: Sequence[Measurement]) -> list[str]:
     """Geometric means over the products, one line a question; none where nothing was measured."""
     lines = []
-    for form, question in _QUESTIONS.items():
+    for question, forms in _questions().items():
         against_fp32, against_best, shares = [], [], []
         for group in by_product(rows).values():
             ours = fastest(
-                [row for row in group if row.workload and row.workload.form in form], False
+                [row for row in group if row.workload and row.workload.form in forms], False
             )
             best = fastest(group, True)
             fp32 = fastest([row for row in group if row.lowering == "torch.fp32"], True)
@@ -94,21 +144,29 @@ def headlines(rows: Sequence[Measurement]) -> list[str]:
                     shares.append(float(ours.details["roofline_share"] or 0))
         if against_best:
             roof = f", {100 * median(shares):.0f} % of the roof (median)" if shares else ""
+            floor = noise_floor(rows)
+            fp32_mean, fp32_least, best_mean, best_least = (
+                in_words(ratio, floor)
+                for ratios in (against_fp32, against_best)
+                for ratio in (geometric_mean(ratios), min(ratios))
+            )
             lines.append(
-                f"{question}: {geometric_mean(against_fp32):.2f}× torch fp32"
-                f" (least {min(against_fp32):.2f}), {geometric_mean(against_best):.2f}× torch's"
-                f" fastest (least {min(against_best):.2f}), {len(against_best)} products{roof}"
+                f"{question}: {fp32_mean}× torch fp32 (least {fp32_least}), {best_mean}× torch's"
+                f" fastest (least {best_least}), {len(against_best)} products{roof}"
             )
     return lines
 
 
-_QUESTIONS = {
-    ("add_kv_pm1", "add_qkv_pm1", "add_kv_01", "add_qkv_01"): "add",
-    ("shift_int8",): "shift, int8",
-    ("shift_int4",): "shift, 4-bit codes",
-    ("mult_int8",): "our own mult, int8",
-    ("mult_fp32",): "our own mult, fp32",
-}
+def _questions() -> dict[str, tuple[str, ...]]:
+    """What the headlines are about: add as a whole, and each form of a linear."""
+    add = tuple(name for name, form in FORMS.items() if form["primitive"] == "add")
+    found = {"add": add}
+    for primitive, words in (("shift", "shift"), ("mult", "our own mult")):
+        for name, form in FORMS.items():
+            if form["primitive"] == primitive:
+                variant = name.removeprefix(f"{primitive}_").replace("_", " ")
+                found[f"{words}, {variant}"] = (name,)
+    return found
 
 
 def problems(rows: Sequence[Measurement]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import product
 from typing import Annotated, Literal
 
@@ -10,14 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kernels.workload import FORMS, Workload, attention, linear
 from profiler.samples import PRESETS
 
-Size = Annotated[int, Field(ge=1, strict=True)]
-Sizes = Size | list[Size]
+# Kernels count with 32 bits.
+Size = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 
 LINEAR_FORMS = tuple(name for name, form in FORMS.items() if form["w_layout"] == "nk")
 
 
 class _Shape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    energy: bool = False
 
 
 class LinearShape(_Shape):
@@ -64,18 +68,21 @@ class SweepConfig(BaseModel):
         threads: CPU thread counts, each a device of its own; empty for all cores.
         cache: ``hot``, ``cold`` or both.
         timing: Name of a preset in ``profiler.samples.PRESETS``.
-        energy: Measure energy where the device has a meter (some 20 s a row).
+        energy: Measure the energy of every shape where the device has a meter, which takes some
+            20 s a row; a shape's own ``energy`` asks for that one.
+        compiled_baselines: Measure torch's baselines by ``torch.compile`` as well; needs g++.
         shapes: What to measure.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = ""
-    forms: tuple[str, ...] = LINEAR_FORMS
+    forms: tuple[str, ...] = Field(LINEAR_FORMS, min_length=1)
     threads: tuple[Size, ...] = ()
-    cache: tuple[Literal["hot", "cold"], ...] = ("hot",)
+    cache: tuple[Literal["hot", "cold"], ...] = Field(("hot",), min_length=1)
     timing: str = "standard"
     energy: bool = False
+    compiled_baselines: bool = False
     shapes: tuple[Annotated[LinearShape | AttentionShape, Field(union_mode="smart")], ...] = Field(
         min_length=1
     )
@@ -85,9 +92,21 @@ class SweepConfig(BaseModel):
         for form in self.forms:
             if form not in LINEAR_FORMS:
                 raise ValueError(f"forms: {form!r} is none of {', '.join(LINEAR_FORMS)}")
+        if len(set(self.cache)) < len(self.cache):
+            raise ValueError("cache: names a state twice")
         if self.timing not in PRESETS:
             raise ValueError(f"timing: {self.timing!r} is none of {', '.join(PRESETS)}")
         return self
+
+    @cached_property
+    def energy_workloads(self) -> frozenset[Workload]:
+        """Those whose energy is asked for."""
+        return frozenset(
+            workload
+            for shape in self.shapes
+            if self.energy or shape.energy
+            for workload in shape.workloads(self.forms)
+        )
 
     @property
     def workloads(self) -> list[Workload]:

@@ -1,31 +1,34 @@
-"""Timing: warm-up, samples, contamination and the stopping rule. No files are written.
+"""Timing: warm-up, bursts of samples and the stopping rule. No files are written.
 
 Candidates of one product are measured interleaved in one process (A B C A B C …), so that
 whatever drifts drifts under all of them alike, and their ratio means something even where their
-absolute figures move. What the samples then say is worked out in ``profiler.samples``.
+absolute figures move. What the samples then say is worked out in ``profiler.samples``; a GPU's
+samples are taken by ``profiler.timing_cuda``.
 """
 
 from __future__ import annotations
 
 import gc
-import resource
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from profiler.contamination import NO_CONTAMINATION, Contamination, host_contamination
 from profiler.samples import (
     PRESETS,
     Burst,
     Ratio,
     Timing,
     TimingSettings,
+    has_plateaued,
+    noise_floor,
     paired_ratio,
     summarise,
 )
@@ -33,82 +36,53 @@ from profiler.samples import (
 __all__ = [
     "NO_CONTAMINATION",
     "PRESETS",
+    "Candidate",
     "Contamination",
     "Ratio",
+    "Sample",
     "Timing",
     "TimingSettings",
     "cache_flush",
     "host_contamination",
-    "measure_cuda",
     "measure_interleaved",
+    "noise_floor",
     "paired_ratio",
 ]
 
 Launch = Callable[[], Any]
+Facts = Mapping[str, str | float | int | bool | None]
+
+# The largest private cache of a core in use, where the machine does not tell.
+_PRIVATE_CACHE_BYTES = 2**22
 
 
 @dataclass(frozen=True)
-class Contamination:
-    """Counters of the time lost to others. Both only grow.
+class Sample:
+    """One sample: ms per launch, and whether the clock was too low; None if the device is mum."""
+
+    latency_ms: float
+    throttled: bool | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to time, ready to be sampled.
 
     Attributes:
-        waited_s: Time that threads of this process were ready and had no CPU; read per sample.
-        stolen_s: Time that the hypervisor gave to other guests; read per burst, since it is
-            counted in ticks of 10 ms.
+        warm: Launches for about a sample's length and returns ms per launch, hot.
+        sample: Takes one sample.
+        number: Launches in one sample.
+        samples_per_burst: As many as fill a burst.
+        facts: Read at the end, into ``Timing.details``.
+        clock_mhz: Present clock of the device, None where it does not tell.
     """
 
-    waited_s: Callable[[], float]
-    stolen_s: Callable[[], float]
-
-
-NO_CONTAMINATION = Contamination(lambda: 0.0, lambda: 0.0)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One thing to time: ``sample`` returns ms per launch over ``number`` launches."""
-
-    warm_up: Callable[[], None]
-    sample: Callable[[], float]
+    warm: Callable[[], float]
+    sample: Callable[[], Sample]
     number: int
     samples_per_burst: int
-
-
-def host_contamination() -> Contamination:
-    """Counters of this machine.
-
-    An involuntary context switch alone does not say whether 5 µs or 40 ms were lost, and a
-    quiet machine makes some 20 a second, so that hardly a sample of 50 ms would be free of one.
-    The scheduler's run-queue delay, summed over all threads, says how long it was. Where it
-    cannot be read, each involuntary switch counts as 1 ms.
-
-    Source: Linux Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat; proc_stat(5).
-    """
-    delays = Path("/proc/self/schedstat").is_file()
-    steal = Path("/proc/stat").is_file()
-    return Contamination(
-        waited_s=_run_queue_delay_s if delays else _involuntary_switches_ms,
-        stolen_s=_steal_s if steal else lambda: 0.0,
-    )
-
-
-def _run_queue_delay_s() -> float:
-    delay_ns = 0
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            delay_ns += int((task / "schedstat").read_bytes().split()[1])
-        except OSError:  # the thread ended since the listing
-            continue
-    return delay_ns / 1e9
-
-
-def _involuntary_switches_ms() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw / 1e3
-
-
-def _steal_s() -> float:
-    with Path("/proc/stat").open() as stat:
-        return int(stat.readline().split()[8]) / 100
+    facts: Callable[[], Facts] = field(default=dict)
+    clock_mhz: Callable[[], float | None] = lambda: None
 
 
 def measure_interleaved(
@@ -135,30 +109,53 @@ def measure_interleaved(
     Returns:
         A Timing for each name, in the same order.
     """
-    return _interleave(
-        {
-            name: partial(_host_candidate, launch, settings, clock, synchronise, flush)
+    with without_garbage_collection():
+        candidates = {
+            name: _host_candidate(launch, settings, clock, synchronise, flush)
             for name, launch in launches.items()
-        },
-        settings,
-        clock,
-        contamination or host_contamination(),
-    )
+        }
+        return interleave(candidates, settings, clock, contamination or host_contamination())
 
 
 def cache_flush(last_level_cache_bytes: int) -> Callable[[], Any]:
-    """A call that replaces the contents of the caches: writes twice their size, then reads it.
+    """A call that replaces the contents of the caches.
+
+    Writes twice the last-level cache's size, then reads it. A private cache need not be part of
+    that one, so on each other CPU twice the private cache's size is read as well.
 
     Args:
         last_level_cache_bytes: As in ``DeviceInfo``.
     """
     buffer = np.zeros(2 * last_level_cache_bytes // 8)
+    private = buffer[: 2 * _private_cache_bytes() // 8]
 
     def flush() -> float:
         np.add(buffer, 1.0, out=buffer)
+        _on_each_usable_cpu(private.sum)
         return float(buffer.sum())
 
     return flush
+
+
+def _private_cache_bytes() -> int:
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(size.removesuffix("K")) * 2**10
+    except (OSError, ValueError):
+        return _PRIVATE_CACHE_BYTES
+
+
+def _on_each_usable_cpu(work: Callable[[], Any]) -> None:
+    """Does it there, and lets this thread run wherever it could before."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    usable = os.sched_getaffinity(0)
+    try:
+        for cpu in usable:
+            os.sched_setaffinity(0, {cpu})
+            work()
+    finally:
+        os.sched_setaffinity(0, usable)
 
 
 def _host_candidate(
@@ -167,10 +164,8 @@ def _host_candidate(
     clock: Callable[[], float],
     synchronise: Callable[[], Any],
     flush: Callable[[], Any] | None,
-) -> _Candidate:
-    def elapsed_ms(number: int) -> float:
-        if flush:
-            flush()
+) -> Candidate:
+    def hot_ms(number: int) -> float:
         synchronise()
         start = clock()
         for _ in repeat(None, number):
@@ -178,31 +173,31 @@ def _host_candidate(
         synchronise()
         return (clock() - start) * 1e3
 
-    def warm_up() -> None:
-        end = clock() + settings.warmup_ms / 1e3
-        while True:
-            launch()
-            synchronise()
-            if clock() >= end:
-                return
+    def sample_ms(number: int) -> float:
+        if flush:
+            flush()
+        return hot_ms(number)
 
     def whole_ms() -> float:
         start = clock()
-        elapsed_ms(number)
+        sample_ms(number)
         return (clock() - start) * 1e3
 
-    warm_up()
-    number = 1 if flush else _launches_per_sample(elapsed_ms, settings.sample_ms)
+    hot_number = launches_per_sample(hot_ms, settings.sample_ms)
+    plateaued = first_warm_up(lambda: hot_ms(hot_number), settings, clock)
+    hot_number = launches_per_sample(hot_ms, settings.sample_ms)
+    number = 1 if flush else hot_number
     step_ms = min(whole_ms() for _ in range(2))
-    return _Candidate(
-        warm_up=warm_up,
-        sample=lambda: elapsed_ms(number) / number,
+    return Candidate(
+        warm=lambda: hot_ms(hot_number) / hot_number,
+        sample=lambda: Sample(sample_ms(number) / number),
         number=number,
         samples_per_burst=max(1, round(settings.burst_ms / step_ms)),
+        facts=lambda: {"plateaued": plateaued},
     )
 
 
-def _launches_per_sample(elapsed_ms: Callable[[int], float], sample_ms: float) -> int:
+def launches_per_sample(elapsed_ms: Callable[[int], float], sample_ms: float) -> int:
     """Launches that fill a sample; the shorter of two trials, since either may be disturbed."""
     number = 1
     while (taken_ms := min(elapsed_ms(number) for _ in range(2))) < sample_ms / 2:
@@ -210,8 +205,47 @@ def _launches_per_sample(elapsed_ms: Callable[[int], float], sample_ms: float) -
     return max(1, round(number * sample_ms / taken_ms))
 
 
+def first_warm_up(
+    warm: Callable[[], float],
+    settings: TimingSettings,
+    clock: Callable[[], float],
+    clock_mhz: Callable[[], float | None] = lambda: None,
+) -> bool:
+    """Brings a candidate and its device from rest to a plateau, and says whether it got there."""
+    least_ms = max(settings.warmup_ms, settings.warmup_max_ms / 10)
+    return _warm_up(warm, least_ms, settings.warmup_max_ms, clock, clock_mhz)
+
+
+def _warm_up(
+    warm: Callable[[], float],
+    least_ms: float,
+    most_ms: float,
+    clock: Callable[[], float],
+    clock_mhz: Callable[[], float | None],
+) -> bool:
+    """Launches until both the samples and the device's clock have plateaued.
+
+    Returns:
+        Whether they have; False when ``most_ms`` ended it.
+    """
+    latencies: list[float] = []
+    clocks: list[float] = []
+    start = clock()
+    while True:
+        latencies.append(warm())
+        if (mhz := clock_mhz()) is not None:
+            clocks.append(mhz)
+        spent_ms = (clock() - start) * 1e3
+        if spent_ms < least_ms:
+            continue
+        settled = has_plateaued(latencies) and (not clocks or has_plateaued(clocks))
+        if settled or spent_ms >= most_ms:
+            return settled
+
+
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
+    """Holds while samples are taken."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -221,43 +255,61 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _interleave(
-    prepare: Mapping[str, Callable[[], _Candidate]],
+def interleave(
+    candidates: Mapping[str, Candidate],
     settings: TimingSettings,
     clock: Callable[[], float],
     contamination: Contamination,
 ) -> dict[str, Timing]:
-    """Rounds of bursts until each candidate is precise enough or out of time."""
+    """Rounds of bursts until each candidate is precise enough or out of time.
+
+    Args:
+        candidates: By name, each warmed up once.
+        settings: How long and how precisely.
+        clock: Seconds, only growing.
+        contamination: Counters of lost time.
+    """
     finished: dict[str, Timing] = {}
-    with _without_garbage_collection():
-        candidates = {name: build() for name, build in prepare.items()}
-        bursts: dict[str, list[Burst]] = {name: [] for name in candidates}
-        spent_s = dict.fromkeys(candidates, 0.0)
-        while len(finished) < len(candidates):
-            for name, candidate in candidates.items():
-                if name in finished:
-                    continue
-                start = clock()
-                bursts[name].append(_take_burst(candidate, contamination))
-                spent_s[name] += clock() - start
-                if timing := _finish(bursts[name], spent_s[name], settings):
-                    finished[name] = timing
+    bursts: dict[str, list[Burst]] = {name: [] for name in candidates}
+    spent_s = dict.fromkeys(candidates, 0.0)
+    while len(finished) < len(candidates):
+        for name, candidate in candidates.items():
+            if name in finished:
+                continue
+            start = clock()
+            bursts[name].append(_take_burst(candidate, settings, clock, contamination))
+            spent_s[name] += clock() - start
+            if timing := _finish(bursts[name], spent_s[name], settings):
+                details = {**timing.details, **candidate.facts()}
+                finished[name] = replace(timing, details=details)
     return {name: finished[name] for name in candidates}
 
 
-def _take_burst(candidate: _Candidate, contamination: Contamination) -> Burst:
-    candidate.warm_up()
-    latencies_ms, waited_ms = [], []
-    stolen_s = contamination.stolen_s()
+def _take_burst(
+    candidate: Candidate,
+    settings: TimingSettings,
+    clock: Callable[[], float],
+    contamination: Contamination,
+) -> Burst:
+    most_ms = max(settings.warmup_ms, settings.warmup_max_ms / 10)
+    _warm_up(candidate.warm, settings.warmup_ms, most_ms, clock, candidate.clock_mhz)
+    samples, waited_ms = [], []
+    start = clock()
+    stolen_s, others_s = contamination.stolen_s(), contamination.others_s()
     for _ in range(candidate.samples_per_burst):
         waited_s = contamination.waited_s()
-        latencies_ms.append(candidate.sample())
+        samples.append(candidate.sample())
         waited_ms.append((contamination.waited_s() - waited_s) * 1e3)
+    throttled = tuple(each.throttled for each in samples if each.throttled is not None)
     return Burst(
         number=candidate.number,
-        latencies_ms=tuple(latencies_ms),
+        latencies_ms=tuple(sample.latency_ms for sample in samples),
         waited_ms=tuple(waited_ms),
         stolen_ms=(contamination.stolen_s() - stolen_s) * 1e3,
+        length_ms=(clock() - start) * 1e3,
+        others_ms=(contamination.others_s() - others_s) * 1e3,
+        # A probe that vanished midway says nothing of the burst.
+        throttled=throttled if len(throttled) == len(samples) else (),
     )
 
 
@@ -267,7 +319,7 @@ def _finish(bursts: Sequence[Burst], spent_s: float, settings: TimingSettings) -
     Beyond ``max_time_s`` up to twice ``rounds_min`` bursts are taken, as long as too few are clean:
     one disturbed burst must not cost a slow kernel its figure.
     """
-    if len(bursts) < settings.rounds_min:
+    if len(bursts) < settings.rounds_min or spent_s < settings.min_time_s:
         return None
     timing = summarise(bursts, settings, "precision")
     if timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms:
@@ -279,85 +331,3 @@ def _finish(bursts: Sequence[Burst], spent_s: float, settings: TimingSettings) -
     if spent_s < settings.max_time_s or not enough:
         return None
     return summarise(bursts, settings, "max_time")
-
-
-def measure_cuda(
-    launches: Mapping[str, Launch],
-    settings: TimingSettings = PRESETS["standard"],
-    cold_bytes: int | None = None,
-) -> dict[str, Timing]:
-    """The same on a GPU: a CUDA graph of launches, replayed between two events.
-
-    Not yet run on a GPU. Launches must go to torch's current stream and must not synchronise.
-    Preemption of the host does not lengthen what events measure, so only the outlier rule drops
-    samples; falling clocks are not looked at here.
-
-    Args:
-        launches: Candidates by name.
-        settings: How long and how precisely.
-        cold_bytes: For a cold cache: size of the L2 cache. Twice as much is overwritten before each
-            sample, which is then a single launch.
-
-    Source: CUDA C++ Programming Guide, section CUDA Graphs; cudaEventElapsedTime resolves 0.5 µs.
-    """
-    import torch
-
-    flush = None
-    if cold_bytes is not None:
-        buffer = torch.empty(2 * cold_bytes, dtype=torch.uint8, device="cuda")
-        flush = buffer.zero_
-    return _interleave(
-        {
-            name: partial(_cuda_candidate, launch, settings, flush)
-            for name, launch in launches.items()
-        },
-        settings,
-        time.perf_counter,
-        NO_CONTAMINATION,
-    )
-
-
-def _cuda_candidate(
-    launch: Launch, settings: TimingSettings, flush: Callable[[], Any] | None
-) -> _Candidate:
-    import torch
-
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def elapsed_ms(run: Callable[[], Any]) -> float:
-        if flush:
-            flush()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def launch_repeatedly(number: int) -> None:
-        for _ in repeat(None, number):
-            launch()
-
-    launch_repeatedly(3)
-    torch.cuda.synchronize()
-    number = 1
-    if not flush:
-        number = _launches_per_sample(
-            lambda count: elapsed_ms(lambda: launch_repeatedly(count)), settings.sample_ms
-        )
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch_repeatedly(number)
-
-    def warm_up() -> None:
-        until = time.perf_counter() + settings.warmup_ms / 1e3
-        while time.perf_counter() < until:
-            graph.replay()
-            torch.cuda.synchronize()
-
-    warm_up()
-    return _Candidate(
-        warm_up=warm_up,
-        sample=lambda: elapsed_ms(graph.replay) / number,
-        number=number,
-        samples_per_burst=max(1, round(settings.burst_ms / elapsed_ms(graph.replay))),
-    )

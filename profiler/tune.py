@@ -28,8 +28,9 @@ from kernels.search import Schedule, Step, search
 from kernels.workload import Workload
 from profiler.command_line import BadInput, output_folder, run
 from profiler.model_workloads import ModelError
+from profiler.progress import console
 from profiler.samples import PRESETS, Timing, TimingSettings, paired_ratio
-from profiler.sweep import Setting, config_for, console, settings_for
+from profiler.settings import Setting, config_for, settings_for
 from profiler.timing import measure_interleaved
 
 # A search compares many; what its record says is then measured as a sweep would.
@@ -66,7 +67,7 @@ class Task:
     def default(self) -> Schedule:
         """The schedule without a record."""
         known = LOWERINGS[self.lowering]
-        return known.default_schedule(self.workload.family, self.setting.target)
+        return known.default_schedule(self.workload, self.setting.target)
 
     def record(self, schedule: Schedule, latency_ms: float, default_latency_ms: float) -> Record:
         """What was found, here and now."""

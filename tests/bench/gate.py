@@ -1,39 +1,43 @@
-"""The regression gate: the code as it stands against a base commit, interleaved in one job.
+"""The regression gate: the code as it stands against a base commit, in turns in one job.
 
-Each pair is one short benchmark run of either side, base and head in turns (the order swaps from
-pair to pair, so that a steady drift cancels). A figure is the ratio of the two medians of a pair;
-over the pairs it has a median and an order-statistic interval. Figures of different jobs are never
-compared: between jobs they differ by far more than within one.
+Three processes take turns at bursts of some 10 ms: the base, the base once more, and the head.
+Each turn gives one ratio head / base, free of what the machine did meanwhile; base against base,
+two processes of equal code, gives the noise floor, where the kernels' arrays lie included. All is
+done again with fresh processes, and the verdicts are those of ``profiler.verdicts``. Figures of
+different jobs are never compared.
 
-A gate that measured nothing must fail: so does a side without figures, a wrong result, or figures
-of different devices or of the wrong code.
+Both trees are measured by the head's benchmarks. A gate that measured nothing must fail: so does a
+side without figures, a wrong result, or figures of different devices or of the wrong code.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import turns
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from profiler.command_line import EXIT_VERDICT_AGAINST, BadInput, run
-from profiler.compare import VERDICTS, Verdict, judge
-from profiler.samples import median_interval
+from profiler.compare import VERDICTS
+from profiler.verdicts import Effect, Verdict, holm, judge, paired_effect
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = Path("tests/bench/bench_kernels.py")
+BENCHMARKS = Path("tests/bench")
 
 app = typer.Typer(add_completion=False)
 
@@ -43,30 +47,42 @@ class GateError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Tree:
+    """Code to measure.
+
+    Attributes:
+        path: Folder that holds the packages.
+        launches: In one sample; None for the usual number. More of them are a slowdown.
+    """
+
+    path: Path
+    launches: int | None = None
+
+
+@dataclass(frozen=True)
 class Run:
-    """One benchmark run of one side.
+    """What one process measured.
 
     Attributes:
         device: Fingerprint of the device that was measured.
         source: Folder whose code was measured.
-        medians_ms: Median latency by case.
+        bursts_ms: By case, the median sample of each turn.
     """
 
     device: str
     source: str
-    medians_ms: dict[str, float]
+    bursts_ms: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class CaseRatio:
-    """One case over all pairs: latency of head / base, median and interval over the pairs."""
+class CaseVerdict:
+    """One case over all turns: latency of head / base, its interval, and the noise floor."""
 
     case: str
     base_ms: float
     head_ms: float
-    ratio: float
-    low: float
-    high: float
+    effect: Effect
+    floor: float
     verdict: Verdict
 
 
@@ -87,48 +103,69 @@ def parse_run(content: Mapping[str, Any], side: str) -> Run:
                 f"{side}: extra_info names {len(found - {None})} {name}s instead of one"
             )
         about[name] = found.pop()
-    medians_ms = {
-        each.get("param") or each["name"]: each["stats"]["median"] * 1e3 for each in benchmarks
-    }
-    return Run(**about, medians_ms=medians_ms)
+    bursts_ms = {each.get("param") or each["name"]: _bursts_ms(each) for each in benchmarks}
+    return Run(**about, bursts_ms=bursts_ms)
 
 
-def compare_pairs(
-    bases: Sequence[Run], heads: Sequence[Run], threshold: float = 0.05
-) -> list[CaseRatio]:
-    """Judges every case that all runs measured, pair by pair.
+def _bursts_ms(benchmark: Mapping[str, Any]) -> tuple[float, ...]:
+    samples_s = np.reshape(benchmark["stats"]["data"], (benchmark["extra_info"]["turns"], -1))
+    return tuple(float(median_s) * 1e3 for median_s in np.median(samples_s, axis=1))
+
+
+def compare_runs(
+    bases: Sequence[Run], agains: Sequence[Run], heads: Sequence[Run], threshold: float = 0.05
+) -> list[CaseVerdict]:
+    """Judges every case that all runs measured, turn by turn.
 
     Args:
-        bases, heads: Runs of either side; those of equal index ran one after the other.
+        bases, agains, heads: Runs of the base, of the base once more, and of the head; those of
+            equal index took turns.
         threshold: Least relative difference that matters.
 
     Raises:
-        GateError: If there are no pairs, several devices, or no case in common.
+        GateError: If the runs do not match, are of several devices, or have no case in common.
     """
-    if not bases or len(bases) != len(heads):
-        raise GateError(f"{len(bases)} runs of base and {len(heads)} of head make no pairs")
-    devices = {each.device for each in (*bases, *heads)}
+    if not bases or not len(bases) == len(agains) == len(heads):
+        raise GateError(f"{len(bases)} runs of base and {len(heads)} of head took no turns")
+    runs = (*bases, *agains, *heads)
+    devices = {each.device for each in runs}
     if len(devices) > 1:
         raise GateError(f"different devices were measured: {', '.join(sorted(devices))}")
-    common = set.intersection(*(set(each.medians_ms) for each in (*bases, *heads)))
+    common = set.intersection(*(set(each.bursts_ms) for each in runs))
     if not common:
         raise GateError("base and head have no case in common")
-    judged = []
-    for case in (case for case in heads[0].medians_ms if case in common):
-        base_ms = [each.medians_ms[case] for each in bases]
-        head_ms = [each.medians_ms[case] for each in heads]
-        ratios = [head / base for base, head in zip(base_ms, head_ms)]
-        ratio, (low, high) = statistics.median(ratios), median_interval(ratios)
-        verdict = judge(ratio, low, high, threshold)
-        medians = statistics.median(base_ms), statistics.median(head_ms)
-        judged.append(CaseRatio(case, *medians, ratio, low, high, verdict))
-    return judged
+    cases = [case for case in heads[0].bursts_ms if case in common]
+    all_ms = [{case: _all_bursts(side, case) for case in cases} for side in (bases, agains, heads)]
+    of_base, of_again, of_head = all_ms
+    effects = {case: _effect(of_base[case], of_head[case]) for case in cases}
+    floors = {case: _floor(_effect(of_base[case], of_again[case])) for case in cases}
+    p_values = dict(zip(cases, holm([effects[case].p_value for case in cases])))
+    return [
+        CaseVerdict(
+            case,
+            statistics.median(of_base[case]),
+            statistics.median(of_head[case]),
+            effects[case],
+            floors[case],
+            judge(effects[case], p_values[case], threshold, floors[case]),
+        )
+        for case in cases
+    ]
 
 
-def unpaired(bases: Sequence[Run], heads: Sequence[Run]) -> dict[str, list[str]]:
-    """Cases that a side measured and the other did not, by the side that has them."""
-    of_base, of_head = (set().union(*(each.medians_ms for each in runs)) for runs in (bases, heads))
-    return {"base": sorted(of_base - of_head), "head": sorted(of_head - of_base)}
+def _all_bursts(runs: Sequence[Run], case: str) -> list[float]:
+    return [burst_ms for each in runs for burst_ms in each.bursts_ms[case]]
+
+
+def _effect(a_ms: Sequence[float], b_ms: Sequence[float]) -> Effect:
+    effect = paired_effect(a_ms, b_ms)
+    if effect is None:
+        raise GateError(f"{len(a_ms)} turns are too few for a verdict")
+    return effect
+
+
+def _floor(equals: Effect) -> float:
+    return max(equals.high, 1 / equals.low) - 1
 
 
 def export(revision: str, folder: Path) -> None:
@@ -152,71 +189,109 @@ def export(revision: str, folder: Path) -> None:
         tar.extractall(folder, filter="data")
 
 
-def measure(side: str, tree: Path, report: Path) -> Run:
-    """Runs the benchmarks of a tree in a process of their own.
+def with_own_benchmarks(tree: Path) -> Path:
+    """Puts this tree's benchmarks into another one: both sides are measured with one ruler."""
+    shutil.rmtree(tree / BENCHMARKS, ignore_errors=True)
+    shutil.copytree(ROOT / BENCHMARKS, tree / BENCHMARKS)
+    return tree
+
+
+def measure_in_turns(
+    trees: Mapping[str, Tree], folder: Path, progress: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Run], dict[str, list[str]]]:
+    """Runs the benchmarks of all trees at once, each in a process of its own, in turns.
+
+    Args:
+        trees: By the name of the side.
+        folder: For the reports.
+        progress: Called after each round of turns.
+
+    Returns:
+        What each side measured, and the cases that it could have measured.
 
     Raises:
-        GateError: If they measured nothing, failed, or ran the code of another tree.
+        GateError: If one measured nothing, failed, or ran the code of another tree.
     """
-    if not (tree / BENCHMARKS).is_file():
-        raise GateError(f"{side} measured nothing: it has no {BENCHMARKS}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "pytest", str(BENCHMARKS), "-q", "-p", "no:cacheprovider"),
-            *("--benchmark-enable", "--benchmark-warmup=on", "--benchmark-max-time=0.3"),
-            f"--benchmark-json={report}",
-        ],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        reason = next((line for line in lines if line.startswith("E  ")), lines[-1])
-        raise GateError(f"{side} failed its benchmarks: {' '.join(reason.split())}")
+    sides = [_start(name, tree, folder / f"{name}.json") for name, tree in trees.items()]
+    failure = None
+    try:
+        cases = turns.take_turns(sides, progress)
+    except turns.OutOfStep as error:
+        failure = error
+    written = {side.name: side.end() for side in sides}
+    for side in sides:
+        if side.process.returncode != 0 and (failure is None or failure.side == side.name):
+            raise GateError(f"{side.name} failed its benchmarks: {_reason(written[side.name])}")
+    if failure:
+        raise GateError(str(failure))
+    return {name: _read_run(name, tree, folder) for name, tree in trees.items()}, cases
+
+
+def _start(name: str, tree: Tree, report: Path) -> turns.Side:
+    if not (tree.path / BENCHMARKS / "bench_kernels.py").is_file():
+        raise GateError(f"{name} measured nothing: it has no {BENCHMARKS}/bench_kernels.py")
+    command = [
+        *(sys.executable, "-m", "pytest", f"{BENCHMARKS}/bench_kernels.py"),
+        *("-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-enable"),
+        f"--benchmark-json={report}",
+    ]
+    variables = {} if tree.launches is None else {"GATE_LAUNCHES": str(tree.launches)}
+    return turns.start(name, command, tree.path, variables)
+
+
+def _reason(written: str) -> str:
+    lines = [line for line in written.splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("E  ")), lines[-1] if lines else "")
+    return " ".join(reason.split())
+
+
+def _read_run(name: str, tree: Tree, folder: Path) -> Run:
+    report = folder / f"{name}.json"
     content = json.loads(report.read_text()) if report.is_file() and report.stat().st_size else {}
-    found = parse_run(content, side)
-    if Path(found.source).resolve() != tree.resolve():
-        raise GateError(f"{side} measured the code of {found.source} instead of {tree}")
+    found = parse_run(content, name)
+    if Path(found.source).resolve() != tree.path.resolve():
+        raise GateError(f"{name} measured the code of {found.source} instead of {tree.path}")
     return found
 
 
-def measure_pairs(base: str, pairs: int) -> tuple[list[Run], list[Run]]:
-    """Runs both sides in turns.
+def measure_all(base: str, restarts: int) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
+    """Runs base, base once more and head in turns, and all again with fresh processes.
 
     Raises:
         BadInput: If the base is no commit.
-        GateError: If either side measured nothing.
+        GateError: If a side measured nothing.
     """
-    runs: dict[str, list[Run]] = {"base": [], "head": []}
+    runs: dict[str, list[Run]] = {"base": [], "base again": [], "head": []}
+    cases: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        trees = {"base": Path(temporary) / "base", "head": ROOT}
-        export(base, trees["base"])
-        turns = [
-            side
-            for pair in range(pairs)
-            for side in (("base", "head") if pair % 2 == 0 else ("head", "base"))
-        ]
-        console = Console(stderr=True)
-        for side in track(turns, description="base and head in turns", console=console):
-            report = Path(temporary) / f"{side}-{len(runs[side])}.json"
-            runs[side].append(measure(side, trees[side], report))
-    return runs["base"], runs["head"]
+        base_tree = Path(temporary) / "base"
+        export(base, base_tree)
+        tree = Tree(with_own_benchmarks(base_tree))
+        trees = {"base": tree, "base again": tree, "head": Tree(ROOT)}
+        with Progress(console=Console(stderr=True)) as progress:
+            for restart in range(restarts):
+                task = progress.add_task(f"turns, {restart + 1} of {restarts}", total=None)
+                found, cases = measure_in_turns(
+                    trees, Path(temporary), lambda task=task: progress.advance(task)
+                )
+                for side, each in found.items():
+                    runs[side].append(each)
+    return runs, cases
 
 
-def table(judged: Sequence[CaseRatio]) -> Table:
+def table(judged: Sequence[CaseVerdict]) -> Table:
     """The verdicts for people."""
     shown = Table(title="head against base, measured medians in ms", title_justify="left")
-    for heading in ("case", "base", "head", "head / base", "interval", "verdict"):
+    for heading in ("case", "base", "head", "head / base", "interval", "floor", "verdict"):
         shown.add_column(heading, justify="left" if heading in ("case", "verdict") else "right")
     for each in judged:
         shown.add_row(
             each.case,
             f"{each.base_ms:.4g}",
             f"{each.head_ms:.4g}",
-            f"{each.ratio:.3f}",
-            f"{each.low:.3f} – {each.high:.3f}",
+            f"{each.effect.ratio:.3f}",
+            f"{each.effect.low:.3f} – {each.effect.high:.3f}",
+            f"{each.floor:.1%}",
             each.verdict,
             style=VERDICTS[each.verdict],
         )
@@ -226,31 +301,32 @@ def table(judged: Sequence[CaseRatio]) -> Table:
 @app.command()
 def main(
     base: Annotated[str, typer.Option(help="Commit to compare with.")] = "HEAD~1",
-    pairs: Annotated[
-        int, typer.Option(help="Pairs of runs; from 6 on the interval covers 95 %.", min=5)
-    ] = 6,
+    restarts: Annotated[
+        int, typer.Option(help="How often all is done, each time with fresh processes.", min=1)
+    ] = 2,
     threshold: Annotated[
         float, typer.Option(help="Least relative difference that matters.", min=1e-6)
     ] = 0.05,
 ) -> None:
     """Measures the kernels of this tree against those of a base commit, in turns in one job.
 
-    SLOWER: the median ratio over the pairs is beyond the threshold and its interval excludes 1.
+    SLOWER: sure by a signed-rank test over the turns, corrected for the number of cases (Holm),
+    and by at least the threshold and the noise floor, which base against base shows.
 
     Exit code: 0 nothing is SLOWER, 1 something is, or a side measured nothing, failed, or the
     devices differ; 2 bad input.
     """
     try:
-        bases, heads = measure_pairs(base, pairs)
-        judged = compare_pairs(bases, heads, threshold)
+        runs, cases = measure_all(base, restarts)
+        judged = compare_runs(runs["base"], runs["base again"], runs["head"], threshold)
     except GateError as error:
         print(f"gate failed: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_VERDICT_AGAINST) from None
     console = Console()
     console.print(table(judged))
-    for side, cases in unpaired(bases, heads).items():
-        if cases:
-            console.print(f"only in {side}, not compared: {', '.join(cases)}", markup=False)
+    for side, other in (("base", "head"), ("head", "base")):
+        if alone := [case for case in cases.get(side, []) if case not in cases[other]]:
+            console.print(f"only in {side}, not compared: {', '.join(alone)}", markup=False)
     if any(each.verdict == "SLOWER" for each in judged):
         raise typer.Exit(EXIT_VERDICT_AGAINST)
 

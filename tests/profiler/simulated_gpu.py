@@ -1,7 +1,10 @@
 """A GPU that is none: its power and its counter's steps are given, so its true joules are known."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from profiler.energy import EnergyReading, EnergySettings, NvmlCounterMeter, measure_energy
 from profiler.nvml import Power, Unavailable
@@ -33,6 +36,7 @@ class SimulatedGpu:
     shown_mj: float = 5e6
     next_update_s: float = 0.0
     rng: random.Random = field(default_factory=lambda: random.Random(0))
+    history: list[tuple[float, float]] = field(default_factory=list)
 
     def pass_time(self, seconds: float, watts: float) -> None:
         end_s = self.now_s + seconds
@@ -43,6 +47,7 @@ class SimulatedGpu:
             self.next_update_s += self.rng.uniform(*self.update_s)
         self.true_mj += (end_s - self.now_s) * watts * 1e3
         self.now_s = end_s
+        self.history.append((self.now_s, self.true_mj))
 
     def launch(self, number: int) -> None:
         self.launched += number
@@ -72,5 +77,40 @@ class SimulatedGpu:
         return self.others
 
     def measure(self, meter=None, how=QUICK) -> EnergyReading:
-        meter = meter or NvmlCounterMeter(self)
+        if meter is None:
+            meter = NvmlCounterMeter(self)
+            # The real one samples in wall time.
+            meter.check = None
         return measure_energy(self.launch, meter, how, self.clock, self.sleep, rng=random.Random(1))
+
+
+@dataclass
+class SimulatedSensor:
+    """A power sensor that looks only at the last part of each period, integrated without error."""
+
+    gpu: SimulatedGpu
+    period_s: float = 0.1
+    coverage: float = 0.25
+    gain: float = 1.0
+    name: str = "simulated-power"
+    check: None = None
+    integral_mj: float = 0.0
+    periods: int = 0
+
+    @property
+    def step_s(self) -> float:
+        return self.period_s
+
+    def sampling(self):
+        self.periods = int(self.gpu.now_s / self.period_s)
+        return nullcontext()
+
+    def read_mj(self) -> float:
+        times_s, energies_mj = zip(*self.gpu.history)
+        while (self.periods + 1) * self.period_s <= self.gpu.now_s:
+            self.periods += 1
+            end_s = self.periods * self.period_s
+            start_s = end_s - self.coverage * self.period_s
+            seen_mj = np.diff(np.interp([start_s, end_s], times_s, energies_mj))[0]
+            self.integral_mj += self.gain * seen_mj / self.coverage
+        return self.integral_mj

@@ -1,11 +1,14 @@
 """Energy against simulated devices whose true joules are known; no real reading is taken."""
 
+import re
 import time
 
+import pynvml
 import pytest
+from fake_nvml import H100, SECOND_H100, FakeNvml, failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_gpu import QUICK, SimulatedGpu
+from simulated_gpu import QUICK, SimulatedGpu, SimulatedSensor
 
 from profiler.device import DeviceInfo
 from profiler.energy import (
@@ -16,11 +19,19 @@ from profiler.energy import (
     RaplMeter,
     find_meter,
     measure_energy,
+    measuring_s,
 )
 from profiler.nvml import Power, Unavailable
+from profiler.timing import NO_CONTAMINATION, Contamination
 
 CUDA = DeviceInfo(kind="cuda", name="simulated", uuid="GPU-0")
 CPU = DeviceInfo(kind="cpu", name="simulated", threads=1)
+H100_INFO = DeviceInfo(kind="cuda", name="fake", uuid=H100["nvmlDeviceGetUUID"])
+METERS = (
+    "nvmlDeviceGetTotalEnergyConsumption",
+    "nvmlDeviceGetPowerUsage",
+    "nvmlDeviceGetFieldValues",
+)
 
 
 def nothing(number: int) -> None:
@@ -121,6 +132,85 @@ def test_a_reading_has_a_reason_exactly_when_a_figure_is_missing():
         EnergyReading(1.0, 0.5, 1.0, "rapl", "but why")
 
 
+# Two meters
+
+
+def checked(gpu: SimulatedGpu, **sensor) -> NvmlCounterMeter:
+    meter = NvmlCounterMeter(gpu)
+    meter.check = SimulatedSensor(gpu, **sensor)
+    return meter
+
+
+def test_both_meters_are_recorded():
+    gpu = SimulatedGpu()
+    reading = gpu.measure(checked(gpu))
+    assert reading.check_source == "simulated-power"
+    assert reading.check_mj == pytest.approx(reading.energy_mj, rel=0.06)
+    assert reading.details["energy_check_mj"] == reading.check_mj
+    assert "energy_flag" not in reading.details
+
+
+@pytest.mark.parametrize("gain, words", [(0.7, r"-\d\d% against"), (1.3, r"\+\d\d% against")])
+def test_meters_that_disagree_are_flagged_and_the_figure_stands(gain, words):
+    gpu = SimulatedGpu()
+    reading = gpu.measure(checked(gpu, gain=gain))
+    assert reading.energy_mj == pytest.approx(300 * 1e-4 * 1e3, rel=0.01)
+    assert reading.disagreement == pytest.approx(gain - 1, abs=0.06)
+    assert re.search(words, reading.details["energy_flag"])
+
+
+def test_a_check_that_fails_costs_no_figure():
+    gpu = SimulatedGpu()
+    meter = checked(gpu)
+
+    def lost():
+        raise Unavailable("power: not supported by this GPU")
+
+    meter.check.read_mj = lost
+    reading = gpu.measure(meter)
+    assert reading.energy_mj is not None
+    assert reading.check_mj is reading.check_source is reading.disagreement is None
+
+
+def test_the_counter_finds_its_check_by_itself():
+    assert NvmlCounterMeter(SimulatedGpu()).check.name == "nvml-power-instant"
+    without = SimulatedGpu()
+
+    def unsupported():
+        raise Unavailable("power: not supported by this GPU")
+
+    without.power = unsupported
+    assert NvmlCounterMeter(without).check is None
+
+
+def test_windows_say_how_well_they_repeat():
+    reading = SimulatedGpu().measure(how=EnergySettings(windows=5, window_s=5.0))
+    assert len(reading.windows_mj) == 5
+    assert reading.variation == reading.details["energy_cv"] <= 0.01
+    drifting = SimulatedGpu()
+    launch = drifting.launch
+
+    def hotter(number: int) -> None:
+        drifting.load_w = 300.0 + 10 * drifting.now_s
+        launch(number)
+
+    drifting.launch = hotter
+    assert drifting.measure().variation > 0.03
+    assert EnergyReading(1.0, 0.5, 1.0, "rapl").variation is None
+
+
+@given(step_s=st.sampled_from([0.01, 0.1, 1.0]), windows=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_the_time_it_takes_is_told_beforehand(step_s, windows):
+    gpu = SimulatedGpu(update_s=(step_s * 0.9, step_s))
+    meter = NvmlCounterMeter(gpu)
+    meter.check, meter.step_s = None, step_s
+    how = EnergySettings(windows=windows, window_s=5.0, idle_s=2.0)
+    told_s = measuring_s(meter, how)
+    assert gpu.measure(meter, how).energy_mj
+    assert gpu.now_s == pytest.approx(told_s, rel=0.15)
+
+
 # Sampled power
 
 
@@ -202,7 +292,7 @@ def test_rapl_wraps_around(tmp_path_factory, wrap_uj, steps, start):
     powercap = tmp_path_factory.mktemp("powercap")
     true_uj = int(start * wrap_uj)
     zone = rapl_zone(powercap, "intel-rapl:0", "package-0", true_uj, wrap_uj)
-    meter = RaplMeter((zone,))
+    meter = RaplMeter((zone,), NO_CONTAMINATION)
     began_uj = true_uj
     for step in steps:
         true_uj += int(step * wrap_uj)
@@ -234,6 +324,28 @@ def test_rapl_that_vanishes_leaves_no_figure(tmp_path):
     assert reading.energy_mj is None and reading.reason.startswith("RAPL: ")
 
 
+@pytest.mark.parametrize("share, has_figure", [(0.01, True), (0.3, False)])
+def test_rapl_beside_other_load(tmp_path, share, has_figure):
+    gpu = SimulatedGpu()
+    zone = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 0, 10**12)
+    others = Contamination(others_s=lambda: share * gpu.now_s)
+    meter = RaplMeter((zone,), others, gpu.clock)
+
+    def launch(number: int) -> None:
+        gpu.pass_time(number * 1e-3, 40.0)
+
+    def read_all_uj():
+        gpu.pass_time(1e-5, 40.0)
+        return [round(gpu.true_mj * 1e3)]
+
+    meter._read_all_uj = read_all_uj
+    reading = measure_energy(launch, meter, QUICK, gpu.clock, gpu.sleep)
+    if has_figure:
+        assert reading.energy_mj == pytest.approx(40.0, rel=0.02)
+    else:
+        assert reading.reason == "RAPL: other processes used 30% of all CPUs meanwhile"
+
+
 def test_no_rapl(tmp_path):
     with pytest.raises(Unavailable, match=r"^RAPL is not exposed on this machine$"):
         find_meter(CPU, powercap=tmp_path)
@@ -245,7 +357,7 @@ def test_no_rapl(tmp_path):
 @pytest.fixture
 def gpu(monkeypatch) -> SimulatedGpu:
     simulated = SimulatedGpu()
-    monkeypatch.setattr("profiler.energy.open_probe", lambda uuid, nvml: simulated)
+    monkeypatch.setattr("profiler.meters.open_probe", lambda uuid, nvml: simulated)
     return simulated
 
 
@@ -286,3 +398,39 @@ def test_a_gpu_without_uuid_or_driver_has_no_meter():
 
     with pytest.raises(Unavailable, match=r"^no NVIDIA driver$"):
         find_meter(CUDA, NoDriver())
+
+
+def test_a_gpu_whose_meters_may_not_be_read_has_none():
+    nvml = FakeNvml(H100 | dict.fromkeys(METERS, failing(pynvml.NVML_ERROR_NO_PERMISSION)))
+    with pytest.raises(Unavailable, match="power: permission denied"):
+        find_meter(H100_INFO, nvml)
+
+
+def test_a_driver_that_vanishes_under_load_leaves_no_figure():
+    gpu = SimulatedGpu()
+    answers = dict(H100)
+    meter = find_meter(H100_INFO, FakeNvml(answers))
+    meter.check = None
+
+    def launch(number: int) -> None:
+        gpu.launch(number)
+        vanished = failing(pynvml.NVML_ERROR_UNINITIALIZED)
+        counted_mj = 123_456 + gpu.launched if gpu.now_s < 3.0 else vanished
+        answers["nvmlDeviceGetTotalEnergyConsumption"] = counted_mj
+
+    def sleep(seconds: float) -> None:
+        answers["nvmlDeviceGetTotalEnergyConsumption"] += 1
+        gpu.sleep(seconds)
+
+    reading = measure_energy(launch, meter, QUICK, gpu.clock, sleep)
+    assert reading == EnergyReading(reason="energy counter: the NVIDIA driver vanished")
+
+
+def test_the_gpu_that_was_measured_is_the_one_that_is_metered():
+    nvml = FakeNvml(H100 | {"nvmlDeviceGetTotalEnergyConsumption": 1}, SECOND_H100)
+    second = H100_INFO.model_copy(update={"uuid": SECOND_H100["nvmlDeviceGetUUID"]})
+    assert find_meter(H100_INFO, nvml).read_mj() == 1
+    assert find_meter(second, nvml).read_mj() == 123_456
+    elsewhere = H100_INFO.model_copy(update={"uuid": "GPU-ffff"})
+    with pytest.raises(Unavailable, match="GPU-ffff: no such GPU"):
+        find_meter(elsewhere, nvml)

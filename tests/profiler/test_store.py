@@ -84,7 +84,10 @@ def measurements(draw):
         },
         samples_kept=draw(counts),
         samples_discarded=draw(counts),
+        samples_ms=draw(st.lists(positive, max_size=20)),
+        bursts_ms=draw(st.lists(optional(positive), max_size=6)),
         stop_reason=draw(optional(texts)),
+        noise_floor=draw(optional(positive)),
         energy_mj=energy_mj,
         energy_net_mj=draw(optional(finite)),
         energy_window_s=draw(optional(positive)),
@@ -93,6 +96,7 @@ def measurements(draw):
         weight_bytes=draw(optional(counts)),
         peak_memory_bytes=draw(optional(counts)),
         max_abs_error=draw(optional(positive)),
+        relative_error=draw(optional(positive)),
         status="ok" if latency_ms else draw(failed),
         reason=draw(optional(texts)) if latency_ms else draw(texts.filter(bool)),
         run=draw(texts),
@@ -122,7 +126,9 @@ def test_every_field_comes_back(written):
     # In memory: each example starts from an empty store.
     store = create_store("sqlite://")
     store.put(written)
-    assert list(store.rows()) == [written]
+    assert list(store.rows(samples=True)) == [written]
+    without = {"samples_ms": (), "bursts_ms": ()}
+    assert list(store.rows()) == [written.model_copy(update=without)]
     store.close()
 
 
@@ -142,7 +148,9 @@ def test_rows_survive_closing_and_opening(tmp_path):
 def test_put_replaces_the_row_of_the_same_key(store):
     store.put(row(latency_ms=None, status="contended", reason="2 of 9 samples clean"))
     assert store.finished_keys() == set()
-    store.put(row(latency_ms=2.0))
+    for samples_ms in ((1.0, 2.0, 3.0), (2.0,), ()):
+        store.put(row(latency_ms=2.0, samples_ms=samples_ms))
+        assert [each.samples_ms for each in store.rows(samples=True)] == [samples_ms]
     assert [each.latency_ms for each in store.rows()] == [2.0]
     assert store.finished_keys() == {row().key}
 
@@ -219,7 +227,7 @@ def test_another_schema_version_is_refused(tmp_path):
         connection.execute("UPDATE meta SET value = '999' WHERE name = 'schema_version'")
     connection.close()
     for opening in (open_store, create_store):
-        with pytest.raises(StoreError, match=r"old.sqlite: schema_version is 999, .* reads 1"):
+        with pytest.raises(StoreError, match=r"old.sqlite: schema_version is 999, .* reads 2"):
             opening(path)
 
 

@@ -1,15 +1,24 @@
 import pytest
+from rich.console import Console
 
 from kernels.workload import attention, linear
 from profiler.device import DeviceInfo
 from profiler.roofline import roofline_share
 from profiler.store import Measurement
-from profiler.summary import by_product, fastest, headlines, problems, summary_table
+from profiler.summary import (
+    by_product,
+    fastest,
+    headlines,
+    noise_line,
+    overhead_lines,
+    problems,
+    summary_table,
+)
 
 DEVICE = DeviceInfo(kind="cpu", name="Synthetic CPU", threads=1)
 
 
-def _row(workload, lowering, latency_ms, is_baseline=False, **details):
+def _row(workload, lowering, latency_ms, is_baseline=False, noise_floor=None, **details):
     failed = {} if latency_ms else {"status": "failed", "reason": "broke"}
     return Measurement(
         workload=workload,
@@ -19,13 +28,14 @@ def _row(workload, lowering, latency_ms, is_baseline=False, **details):
         is_baseline=is_baseline,
         latency_ms=latency_ms,
         energy_reason="no meter",
+        noise_floor=noise_floor,
         details=details,
         **failed,
     )
 
 
 def _rows():
-    kv, _ = attention(2, 49, 16, 32)
+    kv = attention(2, 49, 16, 32).kv
     return [
         _row(linear("shift_int8", 8, 16, 32), "shift.dot", 1.0, roofline_share=0.5),
         _row(linear("mult_int8", 8, 16, 32), "mult.dot", 1.0),
@@ -63,3 +73,61 @@ def test_share_of_the_roof_is_of_the_forms_own_arithmetic():
     assert roofline_share(workload, None, roofs) is None
     assert roofline_share(workload, 30.0, {}) is None
     assert roofline_share(attention(1, 2, 3, 4)[0], 30.0, roofs) is None
+
+
+def _ratio_rows(ratio, floor):
+    """Ours and torch's, that far apart, in a sweep with that noise floor."""
+    ends = {"speedup": ratio, "speedup_low": ratio - 0.01, "speedup_high": ratio + 0.01}
+    return [
+        _row(linear("shift_int8", 8, 16, 32), "shift.dot", 1.0, noise_floor=floor, **ends),
+        _row(linear("mult_fp32", 8, 16, 32), "torch.fp32", ratio, True, noise_floor=floor),
+    ]
+
+
+def _printed(rows):
+    console = Console(width=300, record=True)
+    console.print(summary_table(rows, "title"))
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "floor", "shown"),
+    [
+        (1.03, 0.05, "≈ 1"),
+        (0.97, 0.05, "≈ 1"),
+        (1.06, 0.05, "1.06"),
+        (0.94, 0.05, "0.94"),
+        (1.03, None, "1.03"),
+    ],
+)
+def test_no_difference_below_the_noise_floor_is_called_one(ratio, floor, shown):
+    rows = _ratio_rows(ratio, floor)
+    assert f"{shown} [{ratio - 0.01:.2f}, {ratio + 0.01:.2f}]" in _printed(rows)
+    (headline,) = headlines(rows)
+    assert f"{shown}× torch fp32" in headline
+    hidden = int(shown == "≈ 1")
+    expected = (
+        "not measured" if floor is None else f"5.0% (a kernel against itself); it hides {hidden}"
+    )
+    assert expected in noise_line(rows)
+
+
+def test_the_table_says_what_the_alphabet_of_the_fastest_shift_loses():
+    rows = _rows()
+    assert "(int8)" not in _printed(rows)
+    rows[0] = rows[0].model_copy(update={"relative_error": 0.142})
+    assert "14.2% (int8)" in _printed(rows)
+    faster = _row(linear("shift_int4", 8, 16, 32), "shift.nibbles", 0.5)
+    rows.append(faster.model_copy(update={"relative_error": 0.151}))
+    assert "15.1% (int4)" in _printed(rows) and "14.2%" not in _printed(rows)
+
+
+def test_launch_overheads_are_told_apart():
+    rows = [
+        _row(linear("mult_fp32", 8, 16, 32), "mult.panels", 1.0, launch_overhead_ms=0.0005),
+        _row(linear("mult_fp32", 8, 16, 32), "torch.fp32", 1.0, True, launch_overhead_ms=0.00125),
+    ]
+    assert overhead_lines(rows) == [
+        "launch overhead, part of each latency: ours 0.50 µs, torch 1.25 µs"
+    ]
+    assert overhead_lines(_rows()) == []

@@ -1,26 +1,11 @@
 import gc
-import os
 import subprocess
 import sys
-import time
-from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from profiler.device import DeviceInfo
-from profiler.samples import Burst, median_interval, summarise
-from profiler.store import Measurement
-from profiler.timing import (
-    PRESETS,
-    Contamination,
-    TimingSettings,
-    cache_flush,
-    measure_interleaved,
-    paired_ratio,
-)
+from profiler.timing import Contamination, TimingSettings, cache_flush, measure_interleaved
 
 SETTINGS = TimingSettings(rounds_min=6, max_time_s=0.5)
 
@@ -66,10 +51,6 @@ def every(period, action):
             action()
 
     return step
-
-
-def bursts_of(rows, number=1, waited_ms=0.0, stolen_ms=0.0):
-    return [Burst(number, tuple(row), (waited_ms,) * len(row), stolen_ms) for row in rows]
 
 
 @pytest.mark.parametrize("cost_ms", [0.002, 0.05, 0.7, 50.0])
@@ -125,6 +106,41 @@ def test_each_burst_follows_a_warm_up_of_the_same_candidate():
         assert timing.latency_p90_ms == pytest.approx(0.1, rel=1e-3)
 
 
+def test_warm_up_goes_on_until_the_samples_have_plateaued():
+    """For 300 ms the device speeds up; then it is twice as fast as at first."""
+    simulation = Simulation()
+
+    def speed_up():
+        simulation.slowdown = max(1.0, 2.0 - simulation.now_s / 0.3)
+
+    launches = {"a": simulation.launch("a", 0.1, speed_up)}
+    patient = TimingSettings(rounds_min=6, warmup_max_ms=2000.0)
+    timing = simulation.measure(launches, patient)["a"]
+    assert timing.latency_p90_ms == pytest.approx(0.1, rel=2e-3)
+    assert timing.details["plateaued"] is True
+    hasty = Simulation()
+    launches = {
+        "a": hasty.launch("a", 0.1, lambda: setattr(hasty, "slowdown", 1 + 20 * hasty.now_s))
+    }
+    impatient = TimingSettings(rounds_min=6, warmup_ms=1.0, warmup_max_ms=20.0)
+    assert hasty.measure(launches, impatient)["a"].details["plateaued"] is False
+
+
+def test_a_steady_launch_is_warmed_up_no_longer_than_it_takes_to_see_that():
+    simulation = Simulation()
+    settings = TimingSettings(rounds_min=6, warmup_ms=5.0, warmup_max_ms=200.0, burst_ms=15.0)
+    simulation.measure({"a": simulation.launch("a", 0.1)}, settings)
+    assert simulation.now_s < 6 * 0.035 + 0.1
+
+
+def test_goes_on_for_min_time_however_precise_it_is():
+    simulation = Simulation()
+    settings = TimingSettings(rounds_min=6, min_time_s=2.0, max_time_s=4.0)
+    timing = simulation.measure({"a": simulation.launch("a", 0.1)}, settings)["a"]
+    assert timing.stop_reason == "precision"
+    assert 2.0 < simulation.now_s < 2.5
+
+
 def test_stops_at_max_time_when_noise_hides_the_median():
     simulation = Simulation()
     random = np.random.default_rng(0)
@@ -134,7 +150,7 @@ def test_stops_at_max_time_when_noise_hides_the_median():
 
     noisy = simulation.launch("noisy", 2.0, jitter)
     steady = simulation.launch("steady", 2.0, lambda: setattr(simulation, "slowdown", 1.0))
-    settings = TimingSettings(precision=0.001, max_time_s=0.5)
+    settings = TimingSettings(precision=0.001, max_time_s=2.0)
     timings = simulation.measure({"noisy": noisy, "steady": steady}, settings)
     assert timings["noisy"].stop_reason == "max_time"
     assert timings["steady"].stop_reason == "precision"
@@ -182,25 +198,17 @@ def test_contended_when_most_samples_are_disturbed():
     assert "samples clean" in timing.reason
 
 
-def test_contended_when_more_time_went_in_waiting_than_in_running():
-    rows = [[1.0, 1.0, 1.0, 31.0]] * 10
-    waiting = [Burst(1, tuple(row), (0.0, 0.0, 0.0, 30.0), 0.0) for row in rows]
-    timing = summarise(waiting, SETTINGS)
-    assert timing.latency_ms is None
-    assert "waiting for a CPU" in timing.reason
-
-
 def test_bursts_with_steal_are_dropped():
     simulation = Simulation()
     random = np.random.default_rng(0)
 
     def steal():
-        if random.random() < 1 / 200:
+        if random.random() < 1 / 800:
             simulation.stolen_s += 0.01
             simulation.now_s += 0.01
 
     timing = simulation.measure({"a": simulation.launch("a", 0.1, steal)})["a"]
-    assert timing.samples_discarded >= 5
+    assert timing.samples_discarded >= 20
     assert None in timing.bursts_ms
     assert timing.latency_ms == pytest.approx(0.1, rel=1e-3)
 
@@ -260,118 +268,6 @@ def test_garbage_collection_is_off_while_measuring_and_on_after_a_failure():
         measure_interleaved({"a": fails})
     assert seen == [False]
     assert gc.isenabled()
-
-
-def test_the_interval_covers_correlated_bursts():
-    """Bursts that differ by 3 % and samples that differ by 0.5 % within one."""
-    random = np.random.default_rng(1)
-    covered = covered_by_samples = 0
-    trials = 300
-    for _ in range(trials):
-        levels = random.normal(1.0, 0.03, size=(12, 1))
-        rows = levels + random.normal(0.0, 0.005, size=(12, 20))
-        timing = summarise(bursts_of(rows), SETTINGS)
-        covered += timing.latency_low_ms <= 1.0 <= timing.latency_high_ms
-        low, high = median_interval(rows.ravel())
-        covered_by_samples += low <= 1.0 <= high
-    assert covered / trials >= 0.93
-    assert covered_by_samples / trials < 0.7
-
-
-latencies = st.floats(1e-4, 1e3)
-
-
-@given(st.lists(st.lists(latencies, min_size=1, max_size=8), min_size=6, max_size=12))
-def test_summaries_are_ordered_and_count_every_sample(rows):
-    timing = summarise(bursts_of(rows), SETTINGS)
-    assert timing.samples_kept + timing.samples_discarded == sum(map(len, rows))
-    assert len(timing.bursts_ms) == len(rows)
-    if timing.latency_ms is None:
-        assert timing.reason
-    else:
-        assert timing.latency_low_ms <= timing.latency_ms <= timing.latency_high_ms
-        assert timing.latency_p10_ms <= timing.latency_ms <= timing.latency_p90_ms
-
-
-@given(st.integers(6, 200))
-def test_median_interval_is_the_narrowest_that_covers_95_percent(n):
-    low, high = median_interval(np.arange(1, n + 1)[::-1])
-    assert low + high == n + 1
-
-    def coverage(rank):
-        return 1 - 2 * sum(comb(n, below) for below in range(rank)) / 2**n
-
-    assert coverage(int(low)) >= 0.95 > coverage(int(low) + 1)
-
-
-def test_median_interval_of_few_values_is_their_range():
-    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    with pytest.raises(ValueError, match="no values"):
-        median_interval([])
-
-
-def test_paired_ratio_cancels_what_both_candidates_saw():
-    drift = np.linspace(1.0, 1.8, 12)[:, None]
-    noise = np.random.default_rng(2).normal(1.0, 0.002, size=(2, 12, 10))
-    fast, slow = (
-        summarise(bursts_of(latency * drift * rows), SETTINGS)
-        for latency, rows in zip((1.0, 1.25), noise)
-    )
-    ratio = paired_ratio(slow, fast)
-    assert ratio.low <= ratio.value <= ratio.high
-    assert 1.245 < ratio.low < ratio.high < 1.255
-    assert slow.latency_low_ms < fast.latency_high_ms
-
-
-def test_no_ratio_from_a_contended_candidate_or_too_few_rounds():
-    clean = summarise(bursts_of([[1.0]] * 6), SETTINGS)
-    contended = summarise(bursts_of([[1.0]] * 6, waited_ms=0.5), SETTINGS)
-    assert paired_ratio(clean, contended) is None
-    assert paired_ratio(clean, clean).value == 1.0
-    short = clean.__class__(**{**vars(clean), "bursts_ms": (1.0, None) * 4})
-    assert paired_ratio(clean, short) is None
-
-
-def test_columns_make_a_row_of_the_store():
-    device = DeviceInfo(kind="cpu", name="simulated", threads=1)
-    about = {"subject": "a", "device": device, "lowering": "x", "energy_reason": "not asked for"}
-    clean = summarise(bursts_of([[1.0]] * 6), SETTINGS)
-    contended = summarise(bursts_of([[1.0]] * 6, waited_ms=0.5), SETTINGS)
-    assert Measurement(**about, **clean.columns).latency_ms == 1.0
-    row = Measurement(**about, **contended.columns)
-    assert (row.status, row.latency_ms) == ("contended", None)
-    assert row.reason == contended.reason
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"rounds_min": 5}, {"sample_ms": 0}, {"precision": -1.0}, {"warmup_ms": -1.0}]
-)
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        TimingSettings(**wrong)
-
-
-def test_a_busy_loop_on_every_core_is_noticed_or_does_no_harm():
-    factor, out = np.random.default_rng(0).normal(size=(64, 64)), np.empty((64, 64))
-    launches = {"product": lambda: np.matmul(factor, factor, out=out)}
-    settings = PRESETS["quick"]
-    quiet = measure_interleaved(launches, settings)["product"]
-    hogs = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        for _ in range(os.cpu_count() or 1)
-    ]
-    try:
-        time.sleep(0.3)
-        beside_hogs = measure_interleaved(launches, settings)["product"]
-    finally:
-        for hog in hogs:
-            hog.kill()
-            hog.wait()
-    if beside_hogs.latency_ms is None:
-        assert beside_hogs.stop_reason == "contended"
-        assert beside_hogs.reason
-    elif quiet.latency_ms is not None:
-        assert beside_hogs.latency_ms == pytest.approx(quiet.latency_ms, rel=0.25)
 
 
 def test_importing_needs_neither_torch_nor_tvm():

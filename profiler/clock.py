@@ -1,0 +1,50 @@
+"""The CPU's clock, as a fixed loop of arithmetic in registers sees it.
+
+A virtual machine does not show its clock, and yet it may fall by a sixth for a quarter of a minute
+when neighbours draw power. The loop needs no memory, so that its rate is the clock's.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+from kernels.peaks import Peak, peaks
+from profiler.measurement import Measurement
+
+# Part of the fastest clock of a sweep below which a figure is measured again.
+FULL_CLOCK = 0.95
+# Name in ``Measurement.details`` of the lower of the rates before and after the rounds of a row.
+CLOCK_RATE = "fma_gmacs_per_s"
+
+_LAUNCHES = 20
+
+
+@functools.cache
+def _loop(threads: int) -> Peak:
+    return next(peak for peak in peaks(threads, 1) if peak.name == "fma_fp32")
+
+
+def clock_rate(threads: int, now: Callable[[], float] = time.perf_counter) -> float:
+    """10⁹ multiply-accumulates a second, by the fastest of some short loops.
+
+    Takes some ms.
+
+    Args:
+        threads: CPU threads that the loop runs on.
+        now: Seconds.
+    """
+    loop = _loop(threads)
+    lengths_s = []
+    for _ in range(_LAUNCHES):
+        start = now()
+        loop.launch()
+        lengths_s.append(now() - start)
+    return loop.amount / min(lengths_s) / 1e9
+
+
+def rate_of(rows: Sequence[Measurement]) -> float | None:
+    """The lowest rate during which some rows were measured; None where it was not watched."""
+    rates = (row.details.get(CLOCK_RATE) for row in rows)
+    return min((float(rate) for rate in rates if rate is not None), default=None)

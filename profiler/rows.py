@@ -1,0 +1,141 @@
+"""Rows of one product: its candidates timed in the same rounds, set against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from profiler.candidates import Candidate, bind_all
+from profiler.clock import CLOCK_RATE
+from profiler.energy import EnergyReading
+from profiler.measurement import Measurement
+from profiler.roofline import roofline_share
+from profiler.samples import Timing, paired_ratio
+from profiler.settings import Setting
+
+# Each shift is set against our own mult with the same schedule: what the shift itself brings.
+_MULT_OF = {
+    "shift_int8": "int8",
+    "shift_int8_wide": "int8",
+    "shift_int4": "int8",
+    "shift_bf16": "bf16",
+    "shift_fp32": "fp32",
+}
+
+
+def measure(group: Sequence[Candidate], setting: Setting) -> Iterator[list[Measurement]]:
+    """Measures the candidates of one product.
+
+    Yields:
+        Its rows for one state of the caches after the other: those are written together, since
+        their ratios come from the same rounds.
+    """
+    launches, failed = bind_all(group, setting)
+    for cache in setting.config.cache:
+        named = {candidate.name: launch for candidate, launch in launches.items()}
+        with setting.accounting.charge("sampling"):
+            rates = [setting.site.clock_rate()]
+            by_name = setting.site.time(named, setting.timing, cache)
+            rates.append(setting.site.clock_rate())
+        clock = min((rate for rate in rates if rate is not None), default=None)
+        timings = {candidate: by_name[candidate.name] for candidate in launches}
+        rows = [failed_row(candidate, cache, setting) for candidate in failed]
+        for candidate, launch in launches.items():
+            energy = read_energy(candidate, launch, setting)
+            details = details_of(candidate, timings, setting) | energy.details
+            details |= {} if clock is None else {CLOCK_RATE: clock}
+            rows.append(
+                finished_row(candidate, cache, timings[candidate], energy, details, setting)
+            )
+        yield rows
+
+
+def details_of(
+    candidate: Candidate, timings: Mapping[Candidate, Timing], setting: Setting
+) -> dict[str, Any]:
+    """What the clock noted, ratios within this run, and what bounds the kernel."""
+    timing = timings[candidate]
+    details: dict[str, Any] = dict(timing.details)
+    rivals = [c for c in timings if c.is_baseline and timings[c].latency_ms]
+    if rivals and not candidate.is_baseline:
+        best = min(rivals, key=lambda rival: timings[rival].latency_ms or 0.0)
+        details |= _ratio("speedup", timings[best], timing)
+        details["speedup_baseline"] = best.lowering
+    types = _MULT_OF.get(candidate.workload.form)
+    mults = [c for c in timings if c.workload.form == f"mult_{types}" and not c.is_baseline]
+    if mults:
+        details |= _ratio(f"shift_over_{types}_mult", timing, timings[mults[0]])
+    overhead_ms = setting.launch_overheads.get("torch" if candidate.is_baseline else "ours")
+    if overhead_ms is not None:
+        details["launch_overhead_ms"] = overhead_ms
+    share = roofline_share(candidate.workload, timing.latency_ms, setting.roofs)
+    if share is not None:
+        details["roofline_share"] = share
+    return details
+
+
+def _ratio(label: str, above: Timing, below: Timing) -> dict[str, Any]:
+    ratio = paired_ratio(above, below)
+    if ratio is None:
+        return {}
+    return {label: ratio.value, f"{label}_low": ratio.low, f"{label}_high": ratio.high}
+
+
+def read_energy(candidate: Candidate, launch: Any, setting: Setting) -> EnergyReading:
+    """Measured energy of a launch, where the sweep asks for it."""
+    if candidate.workload not in setting.config.energy_workloads:
+        return EnergyReading(reason="the sweep did not ask for its energy (energy = true)")
+    with setting.accounting.charge("energy"):
+        return setting.site.energy(launch)
+
+
+def failed_row(candidate: Candidate, cache: Any, setting: Setting) -> Measurement:
+    """A row that says why there is no figure."""
+    return _row(
+        candidate,
+        cache,
+        setting,
+        status="failed",
+        reason=candidate.problem,
+        energy_reason="no figure without a kernel",
+    )
+
+
+def finished_row(
+    candidate: Candidate,
+    cache: Any,
+    timing: Timing,
+    energy: EnergyReading,
+    details: dict[str, Any],
+    setting: Setting,
+) -> Measurement:
+    """A row with its figures."""
+    return _row(
+        candidate,
+        cache,
+        setting,
+        **timing.columns,
+        noise_floor=setting.noise_floor,
+        energy_mj=energy.energy_mj,
+        energy_net_mj=energy.energy_net_mj,
+        energy_window_s=energy.window_s,
+        energy_source=energy.source,
+        energy_reason=energy.reason,
+        details=details,
+    )
+
+
+def _row(candidate: Candidate, cache: Any, setting: Setting, **figures: Any) -> Measurement:
+    return Measurement(
+        workload=candidate.workload,
+        subject=candidate.workload.label,
+        device=setting.device,
+        lowering=candidate.lowering,
+        is_baseline=candidate.is_baseline,
+        cache=cache,
+        weight_bytes=candidate.workload.weight_bytes,
+        max_abs_error=candidate.max_abs_error,
+        relative_error=candidate.relative_error,
+        run=setting.run,
+        **figures,
+    )

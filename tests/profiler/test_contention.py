@@ -1,0 +1,138 @@
+"""Real kernels beside a real CPU hog: the right figure or none, never a wrong one."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager
+
+import numpy as np
+import pytest
+
+from profiler.contamination import RunQueueDelay, host_contamination
+from profiler.samples import PRESETS, TimingSettings
+from profiler.store import open_store
+from profiler.timing import cache_flush, measure_interleaved
+
+# Of the figures without the hog, measured before and after: jobs differ by more than this test
+# takes, so that what lies between the two, and a fifth beyond, counts as right.
+TOLERANCE = 0.2
+
+SWEEP = """
+timing = "quick"
+threads = [1]
+forms = ["mult_fp32", "shift_int8"]
+
+[[shapes]]
+m = 196
+k = 128
+n = 128
+"""
+
+
+@contextmanager
+def hogs(number):
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    time.sleep(0.3)
+    try:
+        yield
+    finally:
+        for hog in running:
+            hog.kill()
+            hog.wait()
+
+
+@pytest.fixture
+def swept(tmp_path):
+    config = tmp_path / "tiny.toml"
+    config.write_text(SWEEP)
+
+    def sweep(name):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "profiler.sweep", "--config", config, "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        with closing(open_store(out / "measurements.sqlite")) as store:
+            return {row.key: row for row in store.rows()}
+
+    return sweep
+
+
+@pytest.mark.slow
+def test_a_sweep_beside_hogs_finds_the_right_figure_or_null(swept):
+    before = swept("before")
+    with hogs(os.cpu_count() or 1):
+        disturbed = swept("disturbed")
+    after = swept("after")
+    assert disturbed.keys() == before.keys()
+    judged = 0
+    for key, row in disturbed.items():
+        if row.latency_ms is None:
+            assert row.status == "contended"
+            assert row.reason.startswith("contended: ")
+            continue
+        quiet_ms = [side[key].latency_ms for side in (before, after) if side[key].latency_ms]
+        if quiet_ms:
+            judged += 1
+            low_ms, high_ms = min(quiet_ms) / (1 + TOLERANCE), max(quiet_ms) * (1 + TOLERANCE)
+            assert low_ms <= row.latency_ms <= high_ms, row.subject
+    contended = sum(row.status == "contended" for row in disturbed.values())
+    print(f"{judged} of {len(disturbed)} figures right, {contended} contended")
+
+
+def test_a_hog_on_every_core_is_in_the_counters():
+    counters = host_contamination()
+    waited_s, others_s = counters.waited_s(), counters.others_s()
+    start_s = time.perf_counter()
+    with hogs(2 * (os.cpu_count() or 1)):
+        spin_until = time.perf_counter() + 0.7
+        while time.perf_counter() < spin_until:
+            pass
+    elapsed_s = time.perf_counter() - start_s
+    assert counters.waited_s() - waited_s > 0.1 * 0.7
+    assert counters.others_s() - others_s > 0.3 * elapsed_s
+
+
+def test_threads_that_end_keep_their_delay():
+    delay = RunQueueDelay()
+    before_s = delay()
+    ended = threading.Event()
+    threads = [threading.Thread(target=ended.wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    during_s = delay()
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert before_s <= during_s <= delay()
+    assert len(delay._files) == len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+
+def test_cold_is_slower_than_hot_for_what_fits_the_caches():
+    """Half a MiB fits the last-level cache of any machine of today, and is read faster there."""
+    data, out = np.ones(2**16), np.empty(())
+    launches = {"sum": lambda: np.sum(data, out=out)}
+    settings = TimingSettings(rounds_min=10, burst_ms=5.0, max_time_s=2.0, precision=0.05)
+    hot = measure_interleaved(launches, settings)["sum"]
+    cold = measure_interleaved(launches, settings, flush=cache_flush(2**25))["sum"]
+    if hot.latency_ms is None or cold.latency_ms is None:
+        pytest.skip(f"this machine is busy: {hot.reason or cold.reason}")
+    assert cold.latency_low_ms > hot.latency_high_ms
+    assert cold.details["launches_per_sample"] == 1 < hot.details["launches_per_sample"]
+
+
+def test_a_flush_leaves_the_thread_where_it_may_run():
+    allowed = os.sched_getaffinity(0)
+    cache_flush(1 << 20)()
+    assert os.sched_getaffinity(0) == allowed
+
+
+def test_a_real_measurement_plateaus_and_repeats():
+    factor, out = np.random.default_rng(0).normal(size=(64, 64)), np.empty((64, 64))
+    launches = {name: lambda: np.matmul(factor, factor, out=out) for name in ("a", "again")}
+    timings = measure_interleaved(launches, PRESETS["quick"])
+    if any(timing.latency_ms is None for timing in timings.values()):
+        pytest.skip("this machine is busy")
+    assert timings["a"].latency_ms == pytest.approx(timings["again"].latency_ms, rel=0.25)
+    assert "plateaued" in timings["a"].details
