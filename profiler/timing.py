@@ -56,6 +56,10 @@ Facts = Mapping[str, str | float | int | bool | None]
 _PRIVATE_CACHE_BYTES = 2**22
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample: ms per launch, and whether the clock was too low; None if the device is mum."""
@@ -73,6 +77,7 @@ class Candidate:
         sample: Takes one sample.
         number: Launches in one sample.
         samples_per_burst: As many as fill a burst.
+        before: Done before each sample; what it waits for is not the sample's.
         facts: Read at the end, into ``Timing.details``.
         clock_mhz: Present clock of the device, None where it does not tell.
     """
@@ -81,6 +86,7 @@ class Candidate:
     sample: Callable[[], Sample]
     number: int
     samples_per_burst: int
+    before: Callable[[], Any] = _nothing
     facts: Callable[[], Facts] = field(default=dict)
     clock_mhz: Callable[[], float | None] = lambda: None
 
@@ -173,14 +179,11 @@ def _host_candidate(
         synchronise()
         return (clock() - start) * 1e3
 
-    def sample_ms(number: int) -> float:
-        if flush:
-            flush()
-        return hot_ms(number)
-
     def whole_ms() -> float:
         start = clock()
-        sample_ms(number)
+        if flush:
+            flush()
+        hot_ms(number)
         return (clock() - start) * 1e3
 
     hot_number = launches_per_sample(hot_ms, settings.sample_ms)
@@ -190,9 +193,10 @@ def _host_candidate(
     step_ms = min(whole_ms() for _ in range(2))
     return Candidate(
         warm=lambda: hot_ms(hot_number) / hot_number,
-        sample=lambda: Sample(sample_ms(number) / number),
+        sample=lambda: Sample(hot_ms(number) / number),
         number=number,
         samples_per_burst=max(1, round(settings.burst_ms / step_ms)),
+        before=flush or _nothing,
         facts=lambda: {"plateaued": plateaued},
     )
 
@@ -297,6 +301,7 @@ def _take_burst(
     start = clock()
     stolen_s, others_s = contamination.stolen_s(), contamination.others_s()
     for _ in range(candidate.samples_per_burst):
+        candidate.before()
         waited_s = contamination.waited_s()
         samples.append(candidate.sample())
         waited_ms.append((contamination.waited_s() - waited_s) * 1e3)

@@ -322,7 +322,8 @@ def main(
     except GateError as error:
         print(f"gate failed: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_VERDICT_AGAINST) from None
-    console = Console()
+    # Piped into a file there is no terminal to ask for its width.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table(judged))
     for side, other in (("base", "head"), ("head", "base")):
         if alone := [case for case in cases.get(side, []) if case not in cases[other]]:

@@ -1,5 +1,7 @@
 """A device behind TVM's RPC tracker, here this machine over loopback."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -88,13 +90,15 @@ def tracker():
                     [sys.executable, "-m", f"tvm.exec.{name}", *options],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
             )
         wait_for(listed)
         yield address
     finally:
         for process in reversed(processes):
-            process.terminate()
+            # With the workers that each of them has started.
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=30)
 
 

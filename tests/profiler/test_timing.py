@@ -239,6 +239,16 @@ def test_cold_flushes_before_every_single_launch():
     assert simulation.measure({"a": launch})["a"].latency_ms == pytest.approx(0.01, rel=0.01)
 
 
+def test_what_the_flush_waits_for_is_not_the_samples():
+    """It moves from CPU to CPU, and waits there."""
+    simulation = Simulation()
+    flushes = simulation.measure(
+        {"a": simulation.launch("a", 0.1)}, flush=lambda: simulation.wait(1.0)
+    )
+    assert flushes["a"].samples_discarded == 0
+    assert flushes["a"].latency_ms == pytest.approx(0.1)
+
+
 def test_cache_flush_writes_and_reads_twice_the_cache():
     flush = cache_flush(1 << 16)
     assert [flush(), flush()] == [2 * (1 << 16) / 8, 2 * 2 * (1 << 16) / 8]
