@@ -49,6 +49,7 @@ def candidates(setting: Setting) -> list[Candidate]:
         for lowering, is_baseline in setting.site.kernels(
             workload, setting.config.compiled_baselines
         )
+        if setting.config.baselines or not is_baseline
     ]
 
 

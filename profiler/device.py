@@ -148,12 +148,19 @@ def software_versions() -> dict[str, str]:
     return found
 
 
-def cpu_info(threads: int) -> DeviceInfo:
+def cpu_info(threads: int, isa: str | None = None) -> DeviceInfo:
     """The CPU that this process runs on, used with ``threads`` threads.
 
+    Args:
+        threads: How many.
+        isa: The vector extension that kernels are built for where that is not all it has.
+
     Raises:
-        DeviceError: If ``threads`` is not between 1 and the number of usable CPUs.
+        DeviceError: If ``threads`` is not between 1 and the number of usable CPUs, or the CPU has
+            no such extension.
     """
+    if isa is not None and isa not in _cpu_flags():
+        raise DeviceError(f"--isa {isa}: this CPU does not have it")
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -162,7 +169,7 @@ def cpu_info(threads: int) -> DeviceInfo:
     return DeviceInfo(
         kind="cpu",
         name=_cpu_name(),
-        isa=_isa(),
+        isa=_isa() if isa is None else f"{platform.machine()} {_cpu_family()} {isa}",
         threads=threads,
         cores=psutil.cpu_count(logical=False) or usable,
         memory_bytes=psutil.virtual_memory().total,

@@ -19,6 +19,9 @@ from profiler.sweep_config import SweepConfig
 
 SWEEPS = Path(__file__).parent / "sweeps"
 
+# Instruction sets to build for instead of this CPU's own, and LLVM's name of a chip with no more.
+CHIPS = {"avx2": "x86-64-v3", "avx512f": "x86-64-v4"}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -73,8 +76,12 @@ def config_for(config: str | None, model: str | None, batch: int) -> tuple[str, 
     return f"{model}-b{batch}", SweepConfig(shapes=tuple(shapes))
 
 
-def settings_for(config: SweepConfig, name: str, device: str, threads: str | None) -> list[Setting]:
+def settings_for(
+    config: SweepConfig, name: str, device: str, threads: str | None, isa: str | None = None
+) -> list[Setting]:
     """One Setting for each device of this machine that was asked for.
+
+    With ``isa`` kernels are built for less than this CPU can do, and that is a device of its own.
 
     Raises:
         BadInput: On a malformed option, or if all GPUs were asked for and there is none.
@@ -83,9 +90,13 @@ def settings_for(config: SweepConfig, name: str, device: str, threads: str | Non
     accounting = Accounting()
     if device == "cpu":
         counts = thread_counts(threads) or config.threads or (len(os.sched_getaffinity(0)),)
-        sites = [cpu_site(cpu_info(count)) for count in counts]
-    elif threads is not None:
-        raise BadInput(f"--threads {threads}: applies to CPUs, not to --device {device}")
+        if isa is not None and isa not in CHIPS:
+            raise BadInput(f"--isa {isa}: must be one of {', '.join(CHIPS)}")
+        chip = CHIPS[isa] if isa else None
+        sites = [cpu_site(cpu_info(count, isa), chip) for count in counts]
+    elif threads is not None or isa is not None:
+        option = f"--threads {threads}" if threads is not None else f"--isa {isa}"
+        raise BadInput(f"{option}: applies to CPUs, not to --device {device}")
     else:
         sites = [cuda_site(nvml.cuda_info(index), index) for index in gpu_indices(device)]
     return [Setting(site, config, name, accounting=accounting) for site in sites]

@@ -164,9 +164,9 @@ class LocalSite:
         return measure_energy(launches, meter, EnergySettings())
 
 
-def cpu_site(device: DeviceInfo) -> LocalSite:
-    """This machine's CPU."""
-    return LocalSite(device, cpu_target(), "cpu")
+def cpu_site(device: DeviceInfo, chip: str | None = None) -> LocalSite:
+    """This machine's CPU, with kernels built for it or for a lesser chip by LLVM's name."""
+    return LocalSite(device, cpu_target(chip), "cpu")
 
 
 def cuda_site(device: DeviceInfo, index: int) -> LocalSite:

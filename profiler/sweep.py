@@ -155,6 +155,9 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Images at once, with --model.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda:N or all (every GPU).")] = "cpu",
     threads: Annotated[str | None, typer.Option(help="CPU threads, such as 1,2.")] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="Build for less than this CPU has: avx2 or avx512f.")
+    ] = None,
     rpc: Annotated[str | None, typer.Option(help="HOST:PORT of TVM's RPC tracker.")] = None,
     key: Annotated[str | None, typer.Option(help="The device's key there, with --rpc.")] = None,
     chip: Annotated[
@@ -171,7 +174,7 @@ def main(
     if rpc or key or chip or triple:
         settings = remote_settings(chosen, name, device, threads, rpc, key, chip, triple)
     else:
-        settings = settings_for(chosen, name, device, threads)
+        settings = settings_for(chosen, name, device, threads, isa)
     location = store or str(output_folder(out or Path("runs") / name) / "measurements.sqlite")
     create_store(location).close()
     if len(settings) > 1 and device == "all":

@@ -39,7 +39,11 @@ class LinearShape(_Shape):
 
 
 class AttentionShape(_Shape):
-    """Both products of linear attention for ``b`` = batch × heads; lists stand for several."""
+    """The products of linear attention for ``b`` = batch × heads; lists stand for several.
+
+    Attributes:
+        products: Which of KᵀV, Q(KᵀV) and the two in one kernel; all of them by default.
+    """
 
     kind: Literal["attention"]
     b: Sizes
@@ -47,15 +51,16 @@ class AttentionShape(_Shape):
     bits: Size
     n: Size
     alphabet: Literal["pm1", "01"] = "pm1"
+    products: tuple[Literal["kv", "qkv", "both"], ...] = Field(("kv", "qkv", "both"), min_length=1)
 
     def workloads(self, forms: tuple[str, ...]) -> list[Workload]:
         """Every b with every token count; ``forms`` are those of linears and do not apply."""
         batches = self.b if isinstance(self.b, list) else [self.b]
         lengths = self.tokens if isinstance(self.tokens, list) else [self.tokens]
         return [
-            workload
+            getattr(attention(b, tokens, self.bits, self.n, self.alphabet), name)
             for b, tokens in product(batches, lengths)
-            for workload in attention(b, tokens, self.bits, self.n, self.alphabet)
+            for name in self.products
         ]
 
 
@@ -70,6 +75,7 @@ class SweepConfig(BaseModel):
         timing: Name of a preset in ``profiler.samples.PRESETS``.
         energy: Measure the energy of every shape where the device has a meter, which takes some
             20 s a row; a shape's own ``energy`` asks for that one.
+        baselines: Measure torch's kernels beside ours.
         compiled_baselines: Measure torch's baselines by ``torch.compile`` as well; needs g++.
         shapes: What to measure.
     """
@@ -82,6 +88,7 @@ class SweepConfig(BaseModel):
     cache: tuple[Literal["hot", "cold"], ...] = Field(("hot",), min_length=1)
     timing: str = "standard"
     energy: bool = False
+    baselines: bool = True
     compiled_baselines: bool = False
     shapes: tuple[Annotated[LinearShape | AttentionShape, Field(union_mode="smart")], ...] = Field(
         min_length=1
