@@ -5,15 +5,21 @@ torch nor scikit-learn.
 
     table = LatencyTable.load("latency_table.json")
     table.lookup(linear("shift_int8", m=784, k=128, n=1024)).latency_ms
+
+Field by field: docs/latency-table.md and latency_table.schema.json.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
-from dataclasses import dataclass
-from functools import cached_property
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache, cached_property, lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +29,15 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from cost_models.fitted_model import STRICT, FittedModel, Positive
 from cost_models.operation_energy import operation_energy
+from cost_models.shipped_tables import shipped_path, shipped_tables
 from kernels.workload import FORMS, Workload
 from profiler.device import DeviceInfo
 
@@ -36,6 +45,11 @@ Source = Literal["measured", "predicted", "extrapolated"]
 EnergySource = Literal["measured", "modelled"]
 
 MODELLED_ENERGY = "45 nm operation and traffic counts, not this device"
+
+# Answers kept: a router's loss asks for the same few shapes at each step.
+_ANSWERS = 2**16
+# A damaged or hostile archive must not fill the memory.
+_MAX_BYTES = 2**28
 
 
 class TableError(ValueError):
@@ -73,10 +87,18 @@ def _to_workload(value: Any) -> Workload:
         return value
     if not isinstance(value, dict):
         raise ValueError("must be a workload, as written by Workload.to_dict")
+    if not isinstance(value.get("fused", []), list | tuple):
+        raise ValueError("fused: must be a list of names")
     try:
-        return Workload.from_dict(value)
+        workload = Workload.from_dict(value)
+        hash(workload)
     except TypeError as error:
         raise ValueError(f"a field is of a wrong type ({error})") from error
+    return workload
+
+
+def _workload_schema() -> dict[str, Any]:
+    return {**TypeAdapter(Workload).json_schema(), "additionalProperties": False}
 
 
 class Entry(BaseModel):
@@ -92,7 +114,10 @@ class Entry(BaseModel):
     model_config = STRICT
 
     workload: Annotated[
-        Workload, PlainValidator(_to_workload), PlainSerializer(lambda value: value.to_dict())
+        Workload,
+        PlainValidator(_to_workload),
+        PlainSerializer(lambda value: value.to_dict()),
+        WithJsonSchema(_workload_schema()),
     ]
     lowering: str
     is_baseline: bool
@@ -154,23 +179,31 @@ class LatencyTable(BaseModel):
         return self
 
     @cached_property
-    def _entries(self) -> dict[tuple[str, str], Entry]:
-        return {(entry.workload.key, entry.lowering): entry for entry in self.entries}
+    def _entries(self) -> dict[tuple[Workload, str], Entry]:
+        return {(entry.workload, entry.lowering): entry for entry in self.entries}
 
     @cached_property
     def _models(self) -> dict[tuple[str, str], FittedModel]:
         return {(model.form, model.lowering): model for model in self.models}
 
     @cached_property
-    def _is_baseline(self) -> dict[tuple[str, str], bool]:
-        """Every known form and lowering."""
-        measured = {(e.workload.form, e.lowering): e.is_baseline for e in self.entries}
-        return measured | {key: model.is_baseline for key, model in self._models.items()}
+    def _known(self) -> dict[str, dict[str, bool]]:
+        """Of each form, the lowerings in order, and which of them are baselines."""
+        of_entries = {(form_of(e.workload), e.lowering): e.is_baseline for e in self.entries}
+        of_models = {key: model.is_baseline for key, model in self._models.items()}
+        known: dict[str, dict[str, bool]] = {}
+        for (form, lowering), is_baseline in sorted((of_entries | of_models).items()):
+            known.setdefault(form, {})[lowering] = is_baseline
+        return known
+
+    @cached_property
+    def _answers(self) -> Callable[[Workload, str | None], Estimate]:
+        return lru_cache(_ANSWERS)(self._answer)
 
     @property
     def forms(self) -> tuple[str, ...]:
         """Forms that the table knows anything of."""
-        return tuple(sorted({form for form, _ in self._is_baseline}))
+        return tuple(self._known)
 
     def lowerings(self, form: str, baselines: bool = True) -> tuple[str, ...]:
         """Lowerings of a form that the table knows anything of; none for an unknown form.
@@ -179,13 +212,12 @@ class LatencyTable(BaseModel):
             form: Name of a form.
             baselines: Whether to include other projects' implementations.
         """
-        return tuple(
-            sorted(
-                lowering
-                for (known, lowering), is_baseline in self._is_baseline.items()
-                if known == form and (baselines or not is_baseline)
-            )
-        )
+        known = self._known.get(form, {})
+        return tuple(name for name, is_baseline in known.items() if baselines or not is_baseline)
+
+    def baselines(self, form: str) -> tuple[str, ...]:
+        """Other projects' implementations of a form that the table knows anything of."""
+        return tuple(name for name, is_baseline in self._known.get(form, {}).items() if is_baseline)
 
     @cached_property
     def sha256(self) -> str:
@@ -208,8 +240,17 @@ class LatencyTable(BaseModel):
             TableError: If the table has neither measured it nor a model of its form, the lowering
                 is unknown, or ``strict`` refuses.
         """
-        form = workload.form
-        known = self.lowerings(form)
+        best = self._answers(workload, lowering)
+        if strict and best.source == "extrapolated":
+            raise TableError(
+                f"{workload.label} lies outside the measured shapes of {best.lowering}; "
+                "measure it with `python -m profiler.sweep`"
+            )
+        return best
+
+    def _answer(self, workload: Workload, lowering: str | None) -> Estimate:
+        form = form_of(workload)
+        known = self._known.get(form)
         if not known:
             raise TableError(
                 f"form {form!r} is not in the latency table of {self.device.label}; measure it "
@@ -231,16 +272,10 @@ class LatencyTable(BaseModel):
                 f"{workload.label} was not measured, and no model of {' or '.join(asked)} "
                 "applies to it; measure it with `python -m profiler.sweep`"
             )
-        best = min(found, key=lambda e: (e.source == "extrapolated", e.latency_ms))
-        if strict and best.source == "extrapolated":
-            raise TableError(
-                f"{workload.label} lies outside the measured shapes of {best.lowering}; "
-                "measure it with `python -m profiler.sweep`"
-            )
-        return best
+        return min(found, key=lambda e: (e.source == "extrapolated", e.latency_ms))
 
     def _estimate(self, workload: Workload, lowering: str) -> Estimate | None:
-        entry = self._entries.get((workload.key, lowering))
+        entry = self._entries.get((workload, lowering))
         if entry:
             return Estimate(
                 latency_ms=entry.latency_ms,
@@ -252,7 +287,7 @@ class LatencyTable(BaseModel):
                 source="measured",
                 lowering=lowering,
             )
-        model = self._models.get((workload.form, lowering))
+        model = self._models.get((form_of(workload), lowering))
         if model is None or not is_canonical(workload):
             return None
         try:
@@ -283,27 +318,62 @@ class LatencyTable(BaseModel):
     def load(cls, path: str | Path) -> LatencyTable:
         """Reads a table.
 
+        Args:
+            path: A file, plain JSON or gzipped (``.gz``), or the name of a table that ships with
+                the package; a file of that name goes first.
+
         Raises:
             TableError: If the file is missing, no JSON, of another format or version, or a key is
                 missing, unknown, of a wrong type or out of range. One line names file and key.
         """
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise TableError(f"{path}: cannot be read ({error.strerror})") from error
+        content = _read(path)
         try:
             _Header.model_validate_json(content)
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "file"
-            raise TableError(
-                f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}"
-            ) from error
+            message = " ".join(first["msg"].removeprefix("Value error, ").split())
+            raise TableError(f"{path}: {key}: {message}") from error
+
+
+def _read(path: str | Path) -> bytes:
+    file = Path(path)
+    if not file.exists():
+        file = shipped_path(str(path)) or file
+    try:
+        if file.suffix != ".gz":
+            return file.read_bytes()
+        with gzip.open(file) as archive:
+            content = archive.read(_MAX_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TableError(f"{path}: file: is no gzip archive ({error})") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        names = ", ".join(shipped_tables())
+        raise TableError(f"{path}: cannot be read ({reason}); tables that ship: {names}") from error
+    if len(content) > _MAX_BYTES:
+        raise TableError(f"{path}: file: holds more than {_MAX_BYTES >> 20} MiB")
+    return content
+
+
+# All that a form fixes: everything but the sizes.
+_KIND = tuple(f.name for f in fields(Workload) if f.name not in ("b", "m", "k", "n"))
+_kind_of = attrgetter(*_KIND)
+
+
+@cache
+def _form_and_canonical(kind: tuple[Any, ...]) -> tuple[str, bool]:
+    workload = Workload(m=1, k=1, n=1, **dict(zip(_KIND, kind)))
+    form = FORMS.get(workload.form)
+    return workload.form, form is not None and workload == Workload(m=1, k=1, n=1, **form)
+
+
+def form_of(workload: Workload) -> str:
+    """``workload.form``, which takes long to find, found once for each form."""
+    return _form_and_canonical(_kind_of(workload))[0]
 
 
 def is_canonical(workload: Workload) -> bool:
     """Whether a workload is its form and sizes and nothing else: only then does a model apply."""
-    sizes = {name: getattr(workload, name) for name in ("b", "m", "k", "n")}
-    form = FORMS.get(workload.form)
-    return form is not None and workload == Workload(**sizes, **form)
+    return _form_and_canonical(_kind_of(workload))[1]

@@ -23,6 +23,7 @@ UNIT_ENERGY_PJ: dict[str, float] = {
     "add_bfloat16": 0.4,  # published for FP16
     "add_float16": 0.4,
     "add_int32": 0.1,
+    "add_int16": 0.05,
     "add_int8": 0.03,
     "shift_float32": 0.13,  # published for a 32-bit integer shift; scaling an exponent costs less
     "shift_bfloat16": 0.13,  # as for float32: none is published for 16 bits
@@ -38,7 +39,7 @@ UNIT_ENERGY_PJ: dict[str, float] = {
 DRAM_PJ_PER_BYTE = 640 / 4
 SRAM_PJ_PER_BYTE = 10 / 8
 
-_MJ_PER_PJ = 1e-9
+MJ_PER_PJ = 1e-9
 
 
 class UnknownOperation(ValueError):
@@ -93,4 +94,4 @@ def operation_energy(workload: Workload) -> OperationEnergy:
     }
     compute_pj = workload.macs * per_mac + sum(fused.get(name, 0.0) for name in workload.fused)
     memory_pj = workload.traffic_bytes * (DRAM_PJ_PER_BYTE + SRAM_PJ_PER_BYTE)
-    return OperationEnergy(compute_pj * _MJ_PER_PJ, memory_pj * _MJ_PER_PJ)
+    return OperationEnergy(compute_pj * MJ_PER_PJ, memory_pj * MJ_PER_PJ)
