@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from statistics import median
 from typing import Literal
 
 import pandas as pd
 
+from kernels.workload import Workload
 from profiler.device import DeviceInfo
 from profiler.store import Measurement
 from reports.formats import WithInterval
@@ -74,8 +75,15 @@ def _schedule(row: Measurement) -> str:
     return row.lowering.partition(".")[2]
 
 
-def _form(row: Measurement) -> str:
-    return row.workload.form if row.workload else ""
+def form_of(row: Measurement) -> str:
+    """Name of the form of a row's workload; empty for layers and models."""
+    return _form_of_workload(row.workload) if row.workload else ""
+
+
+@cache
+def _form_of_workload(workload: Workload) -> str:
+    # Asked for many times of each row, and found by comparing with every known form.
+    return workload.form
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class Comparison:
 
     def best_of_form(self, form: str) -> Measurement | None:
         """Our fastest lowering of a form."""
-        return _fastest(row for row in self.ours if _form(row) == form)
+        return _fastest(row for row in self.ours if form_of(row) == form)
 
     @property
     def verdict(self) -> tuple[Outcome, Ratio | None, str]:
@@ -189,8 +197,8 @@ class Comparison:
         self, shift_form: str = "shift_int8", mult_form: str = "mult_int8"
     ) -> OwnMult | None:
         """Our fastest shift against our mult, with the same schedule where there is one."""
-        shifts = [row for row in self.ours if _form(row) == shift_form]
-        mults = [row for row in self.ours if _form(row) == mult_form]
+        shifts = [row for row in self.ours if form_of(row) == shift_form]
+        mults = [row for row in self.ours if form_of(row) == mult_form]
         paired = [s for s in shifts if any(_schedule(s) == _schedule(m) for m in mults)]
         shift = _fastest(paired or shifts)
         mult = _fastest(
@@ -262,7 +270,7 @@ def speedups(comparisons: Iterable[Comparison]) -> pd.DataFrame:
     found = []
     for comparison in comparisons:
         baseline = comparison.best_baseline_that_ran
-        forms = sorted({_form(row) for row in comparison.ours})
+        forms = sorted({form_of(row) for row in comparison.ours})
         for form in forms if baseline else []:
             ours = comparison.best_of_form(form)
             assert ours is not None and baseline is not None

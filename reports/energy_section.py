@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 
 import pandas as pd
 
 from reparam.results import FinetuneResults, VariantResult
-from reports import plots
+from reports import model_plots
 from reports.formats import count_cell, missing, number_cell, significant
 from reports.html import Picture, Section, Table
 from reports.run_folder import FINETUNE, FIT, SWEEP, RunFolder
@@ -107,19 +106,21 @@ def _energy_picture(results: FinetuneResults, known: list[VariantResult]) -> Pic
         [
             {
                 "name": one.name,
-                "title": one.title,
-                "value": one.energy_mj,
+                "variant": one.title,
+                "energy_mj": one.energy_mj,
                 "text": f"{significant(one.energy_mj or 0)} mJ, {one.energy_source}",
                 "modelled": one.energy_source == "modelled",
-                "axis": f"energy, mJ an inference at batch {results.deploy_batch}",
             }
             for one in known
         ]
     )
     return Picture(
         "energy",
-        partial(plots.bars, frame),
-        "Energy: " + "; ".join(f"{row.title} {row.text}" for row in frame.itertuples()),
+        "Energy of one inference",
+        model_plots.bars,
+        frame,
+        "Energy: " + "; ".join(f"{row.variant} {row.text}" for row in frame.itertuples()),
         "Plain bars were measured on the device. Hatched bars are modelled from operation counts "
         "and memory traffic: they compare forms, they are not this device's energy.",
+        {"value": "energy_mj", "axis": f"energy, mJ an inference at batch {results.deploy_batch}"},
     )

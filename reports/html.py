@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports.formats import Cell
-from reports.plots import NARROW_PX, WIDE_PX, Figure, to_svg
+from reports.formats import DASH, Cell, significant
+from reports.plots import NARROW_PX, WIDE_PX, Draw, to_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Longer tables would make the page heavy; the rest is in the file that the table is made from.
@@ -44,19 +45,25 @@ class Card:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn once for a wide and once for a narrow screen.
+    """A figure, drawn once for a wide and once for a narrow screen, with its table behind it.
 
     Attributes:
         name: Unique on the page.
-        draw: Takes a width in pixels.
+        title: What it is about, in a few words.
+        draw: Takes the table, a width in pixels and the options.
+        data: The table: what is drawn, shown beside a mark that is pointed at, and copied.
         alt: What the picture shows, for those who cannot see it.
         caption: How to read it.
+        options: Further arguments of ``draw``.
     """
 
     name: str
-    draw: Callable[[int], Figure]
+    title: str
+    draw: Draw
+    data: pd.DataFrame
     alt: str
     caption: str
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,9 @@ class Section:
 
     Attributes:
         anchor: Identifier in the page's address.
+        missing: Which file is missing and which command makes it, or None.
         lead: The answer in words.
         commands: What made the figures of this section.
-        missing: Which file is missing and which command makes it, or None.
     """
 
     anchor: str
@@ -91,6 +98,14 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The sections that answer one of the reader's questions."""
+
+    question: str
+    sections: tuple[Section, ...]
+
+
+@dataclass(frozen=True)
 class Page:
     """A whole report."""
 
@@ -98,7 +113,7 @@ class Page:
     subtitle: str
     verdict: Verdict
     cards: tuple[Card, ...]
-    sections: tuple[Section, ...]
+    parts: tuple[Part, ...]
     missing: tuple[str, ...] = ()
 
 
@@ -110,9 +125,33 @@ def _drawings(picture: Picture) -> dict[str, Markup]:
     widths = {"wide": WIDE_PX, "narrow": NARROW_PX}
     # to_svg escapes every name that is drawn; nothing else in it comes from the data.
     return {
-        name: Markup(to_svg(picture.draw(width), f"{picture.name}-{name}"))
-        for name, width in widths.items()
+        kind: Markup(
+            to_svg(picture.draw(picture.data, width, **picture.options), f"{picture.name}-{kind}")
+        )
+        for kind, width in widths.items()
     }
+
+
+def _plain(value: object) -> Cell:
+    """A value of a picture's table; figures keep the digits that a copy of them needs."""
+    if value is None or value is pd.NA or value != value:
+        return Cell(DASH)
+    if isinstance(value, bool | np.bool_):
+        return Cell("yes" if value else "no")
+    if isinstance(value, int | np.integer):
+        return Cell(str(value), int(value))
+    if isinstance(value, float | np.floating):
+        return Cell(significant(float(value), 4), float(f"{value:.6g}"))
+    return Cell(str(value))
+
+
+def table_behind(picture: Picture) -> Table:
+    """The table that a picture is drawn from, row by row in the order of its marks."""
+    rows = tuple(
+        tuple(_plain(value) for value in row)
+        for row in picture.data.itertuples(index=False, name=None)
+    )
+    return Table(f"Figures of “{picture.title}”", tuple(map(str, picture.data.columns)), rows)
 
 
 def _numeric(table: Table) -> list[bool]:
@@ -135,9 +174,10 @@ def render(page: Page) -> str:
     return environment.get_template("report.html.j2").render(
         page=page,
         style=Markup((TEMPLATES / "report.css").read_text()),
-        script=Markup((TEMPLATES / "sort.js").read_text()),
+        script=Markup((TEMPLATES / "report.js").read_text()),
         as_cell=_cell,
         drawings=_drawings,
+        table_behind=table_behind,
         numeric=_numeric,
         max_rows=MAX_ROWS,
     )

@@ -18,19 +18,21 @@ from reports.palette import (
     SURFACE,
 )
 from reports.plots import (
-    Figure,
+    Canvas,
     axes_grid,
     error_bars,
     finite,
     is_narrow,
     log_scale,
+    mark,
     row_labels,
+    shared_legend,
     styled,
 )
 
 
 @styled
-def speedups_by_product(data: pd.DataFrame, width_px: int) -> Figure:
+def speedups_by_product(data: pd.DataFrame, width_px: int) -> Canvas:
     """Baseline ÷ ours for each product, one mark a form.
 
     Args:
@@ -64,6 +66,7 @@ def speedups_by_product(data: pd.DataFrame, width_px: int) -> Figure:
             elinewidth=1.4,
             label=form,
         )
+        mark(axes, part.index, part.ratio, rows)
     axes.axvline(1, color=INK, linewidth=1.2)
     row_labels(axes, products, width_px)
     axes.set_xlabel("best baseline that ran ÷ ours (right of 1× ours is faster)")
@@ -72,7 +75,7 @@ def speedups_by_product(data: pd.DataFrame, width_px: int) -> Figure:
 
 
 @styled
-def speedups_by_size(data: pd.DataFrame, width_px: int) -> Figure:
+def speedups_by_size(data: pd.DataFrame, width_px: int) -> Canvas:
     """Baseline ÷ ours over the size of the product, one panel a form.
 
     Args:
@@ -106,17 +109,17 @@ def speedups_by_size(data: pd.DataFrame, width_px: int) -> Figure:
                 elinewidth=1.1,
                 label=label,
             )
+        mark(panel, part.index, part.macs, part.ratio)
         log_scale(panel, "x", finite(data.macs), "", 3)
         log_scale(panel, "y", ratios, "×", 5)
     figure.supxlabel("multiply-accumulates of the product", fontsize=11.5, color=MUTED)
     figure.supylabel("baseline ÷ ours", fontsize=11.5, color=MUTED)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2 if columns < 3 else 3)
+    shared_legend(figure, panels[: len(forms)], 2 if columns < 3 else 3)
     return figure
 
 
 @styled
-def predicted_measured(data: pd.DataFrame, width_px: int) -> Figure:
+def predicted_measured(data: pd.DataFrame, width_px: int) -> Canvas:
     """Predicted against measured latency with the ±10 % band.
 
     Args:
@@ -147,6 +150,7 @@ def predicted_measured(data: pd.DataFrame, width_px: int) -> Figure:
             alpha=1 if split == "test" else 0.75,
             label=label,
         )
+    mark(axes, data.index, data.measured_ms, data.predicted_ms)
     for which in "xy":
         log_scale(axes, which, values, "", 6)
     axes.set_xlabel("measured latency, ms")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 
 from profiler.store import Measurement
 from reports import kernel_plots
@@ -13,6 +12,7 @@ from reports.comparisons import (
     OwnMult,
     Ratio,
     compare,
+    form_of,
     latency,
     outcomes_in_words,
     settings,
@@ -30,7 +30,7 @@ from reports.formats import (
     significant,
     times_cell,
 )
-from reports.html import Picture, Section, Table
+from reports.html import MAX_ROWS, Picture, Section, Table
 from reports.run_folder import SWEEP, RunFolder
 from reports.verdict import short_label
 
@@ -40,7 +40,7 @@ MAX_PRODUCTS_DRAWN = 24
 
 def kernels(run: RunFolder) -> Section:
     """Where it pays: our kernels against every baseline, product by product."""
-    title = "Where it pays: kernels"
+    title = "Kernel by kernel"
     if run.rows is None:
         return Section("kernels", title, missing=run.absence("measurements.sqlite"))
     main = run.device.fingerprint if run.device else None
@@ -103,7 +103,9 @@ def _pictures(group: Sequence[Comparison], setting: str, index: int) -> list[Pic
     return [
         Picture(
             f"speedups-{index}",
-            partial(kernel_plots.speedups_by_product, frame[frame["product"].isin(drawn)]),
+            f"Speed-up product by product, {setting}",
+            kernel_plots.speedups_by_product,
+            frame[frame["product"].isin(drawn)],
             f"Speed of our kernels against the best baseline that ran, {setting}. {alt}.",
             f"{setting}. Best baseline that ran ÷ our best lowering of each form, log scale, with "
             f"conservative 95 % intervals.{part} Products with a failed baseline are shown "
@@ -111,7 +113,9 @@ def _pictures(group: Sequence[Comparison], setting: str, index: int) -> list[Pic
         ),
         Picture(
             f"sizes-{index}",
-            partial(kernel_plots.speedups_by_size, frame),
+            f"Speed-up over the size of the product, {setting}",
+            kernel_plots.speedups_by_size,
+            frame.head(MAX_ROWS),
             f"The same ratios over the size of the product, one panel a form, {setting}. {alt}.",
             f"{setting}. The same ratios over the size of the product: one mark a product. "
             "Undecided: the interval spans 1×, or a faster result while a baseline failed.",
@@ -122,7 +126,7 @@ def _pictures(group: Sequence[Comparison], setting: str, index: int) -> list[Pic
 def _named(row: Measurement | None, reason: str | None) -> Cell:
     if row is None:
         return missing(reason)
-    form = row.workload.form if row.workload else ""
+    form = form_of(row)
     name = row.lowering if row.is_baseline else f"{row.lowering} ({form})"
     figure = milliseconds_cell(latency(row))
     return Cell(name, None, f"{figure.text} {figure.interval}")
@@ -208,7 +212,7 @@ def _ratio_table(group: Sequence[Comparison], setting: str) -> Table:
                 else:
                     ratio = speed_ratio(latency(row), latency(ours))
                     cells.append(times_cell(ratio))
-            form = ours.workload.form if ours.workload else ""
+            form = form_of(ours)
             rows.append((one.product, form, ours.lowering, *cells))
     return Table(
         f"Each of our lowerings against every baseline (baseline ÷ ours) — {setting}",
@@ -241,7 +245,7 @@ def _measurement_table(rows: Sequence[Measurement], caption: str) -> Table:
     cells = tuple(
         (
             row.workload.product if row.workload else row.subject,
-            row.workload.form if row.workload else row.kind,
+            form_of(row) or row.kind,
             row.lowering,
             "yes" if row.is_baseline else "no",
             row.device.label,

@@ -2,130 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pandas as pd
 
-from reparam.results import FinetuneResults, VariantResult
-from reports import plots
+from reports import model_plots
 from reports.formats import (
     Cell,
-    bytes_cell,
     bytes_text,
     count_cell,
-    milliseconds_cell,
     missing,
     number_cell,
     percent,
     percent_cell,
-    points_cell,
     significant,
-    times_cell,
-    top1_cell,
 )
 from reports.html import Picture, Section, Table
 from reports.run_folder import FINETUNE, RunFolder
-from reports.verdict import original_of, shift_share, variant_speed
-
-
-def _energy_cell(variant: VariantResult) -> Cell:
-    if variant.energy_mj is None:
-        return missing(variant.energy_reason)
-    text = f"{significant(variant.energy_mj)} mJ"
-    return Cell(text, variant.energy_mj, variant.energy_source)
-
-
-def accuracy(run: RunFolder) -> Section:
-    """By how much and at what accuracy: each variant against the original."""
-    title = "By how much, at what accuracy"
-    results = run.results
-    if results is None:
-        return Section("accuracy", title, missing=run.absence("results.json"))
-    frame = pd.DataFrame(
-        [
-            {
-                "name": one.name,
-                "title": one.title if one.deployed_top1 else f"{one.title} (trained form)",
-                "latency_ms": one.latency_ms.value,
-                "latency_low": one.latency_ms.low,
-                "latency_high": one.latency_ms.high,
-                "top1": (one.deployed_top1 or one.top1).value,
-                "top1_low": (one.deployed_top1 or one.top1).low,
-                "top1_high": (one.deployed_top1 or one.top1).high,
-                "deployed": one.deployed_top1 is not None,
-            }
-            for one in results.variants
-            if one.latency_ms
-        ]
-    )
-    split = ", ".join(f"{count} {name}" for name, count in results.split.items())
-    lead = (
-        f"{results.model} on {results.data} ({results.classes} classes; images: {split}), seed "
-        f"{results.seed}. Latency is one batch of {results.deploy_batch}, measured end to end on "
-        f"{results.device.label}.",
-    )
-    unplotted = [one.title for one in results.variants if not one.latency_ms]
-    note = f" Not drawn, no measured latency: {', '.join(unplotted)}." if unplotted else ""
-    picture = Picture(
-        "accuracy",
-        partial(plots.accuracy_latency, frame),
-        "Top-1 against measured latency: "
-        + "; ".join(
-            f"{one.title} {(one.deployed_top1 or one.top1).value:.2f} % at "
-            f"{significant(one.latency_ms.value)} ms"
-            for one in results.variants
-            if one.latency_ms
-        ),
-        "Up and to the left is better. Bars are 95 % intervals: of the median latency, and "
-        f"Wilson's for the accuracy. Hollow: accuracy of the trained form.{note}",
-    )
-    return Section(
-        "accuracy",
-        title,
-        lead,
-        (picture,) if len(frame) else (),
-        (_variant_table(results),),
-        (results.command,),
-    )
-
-
-def _variant_table(results: FinetuneResults) -> Table:
-    rows: list[tuple[str | Cell, ...]] = []
-    for one in results.variants:
-        speed = variant_speed(results, one)
-        is_original = one is original_of(results)
-        against = "the original itself" if is_original else "not measured"
-        rows.append(
-            (
-                one.title,
-                top1_cell(one.deployed_top1) if one.deployed_top1 else missing("not deployed"),
-                points_cell(one.difference) if one.difference else missing(against),
-                top1_cell(one.top1),
-                milliseconds_cell(one.latency_ms)
-                if one.latency_ms
-                else missing(one.latency_reason),
-                missing(against) if is_original or speed is None else times_cell(speed),
-                bytes_cell(one.weight_bytes),
-                _energy_cell(one),
-            )
-        )
-    return Table(
-        "Variants against the original",
-        (
-            "variant",
-            "top-1 deployed",
-            "difference, points",
-            "top-1 trained",
-            "latency, measured",
-            "fastest original ÷ it",
-            "weight bytes",
-            "energy",
-        ),
-        tuple(rows),
-        is_open=True,
-        note="The difference is deployed top-1 minus the original's on the same images, with its "
-        "paired 95 % interval: below 0 throughout means surely less accurate.",
-    )
+from reports.verdict import original_of, shift_share
 
 
 def routing(run: RunFolder) -> Section:
@@ -139,11 +31,11 @@ def routing(run: RunFolder) -> Section:
     frame = pd.DataFrame(
         [
             {
-                "title": one.title,
+                "variant": one.title,
                 "layer": layer.layer,
                 "expert": expert,
-                "share": 100 * layer.share[expert],
-                "optimal_share": 100 * layer.optimal_share.get(expert, 0.0),
+                "share_percent": 100 * layer.share[expert],
+                "optimal_share_percent": 100 * layer.optimal_share.get(expert, 0.0),
             }
             for one in routed
             for layer in one.dispatch
@@ -157,7 +49,9 @@ def routing(run: RunFolder) -> Section:
     )
     picture = Picture(
         "routing",
-        partial(plots.routing, frame),
+        "Tokens by layer and expert",
+        model_plots.routing,
+        frame,
         f"Share of tokens per expert and MoE layer. {sentences}",
         "Share of the test set's tokens per expert. The diamond is where the latency-aware loss "
         "has its minimum: each expert's load in inverse proportion to its latency.",
@@ -200,7 +94,7 @@ def training(run: RunFolder) -> Section:
     if run.results is None:
         return Section("training", title, missing=run.absence("results.json"))
     epochs = [
-        {"name": one.name, "title": one.title, "step": step, **epoch.model_dump()}
+        {"name": one.name, "variant": one.title, "step": step, **epoch.model_dump()}
         for one in run.results.variants
         for step, epoch in enumerate(one.history, start=1)
     ]
@@ -208,12 +102,14 @@ def training(run: RunFolder) -> Section:
         return Section("training", title, ("results.json holds no training history.",))
     frame = pd.DataFrame(epochs)
     lead = "; ".join(
-        f"{part.title.iloc[0]}: {len(part)} epochs in {part.seconds.sum():.0f} s"
+        f"{part.variant.iloc[0]}: {len(part)} epochs in {part.seconds.sum():.0f} s"
         for _, part in frame.groupby("name", sort=False)
     )
     picture = Picture(
         "training",
-        partial(plots.training, frame),
+        "Training by epoch",
+        model_plots.training,
+        frame,
         "Validation top-1, training loss and latency loss by epoch; figures in the table.",
         "Epochs are counted from each variant's own start.",
     )
@@ -256,12 +152,11 @@ def weights(run: RunFolder) -> Section:
         [
             {
                 "name": one.name,
-                "title": one.title,
-                "value": one.weight_bytes / 1e3,
+                "variant": one.title,
+                "stored_kb": one.weight_bytes / 1e3,
                 "text": bytes_text(one.weight_bytes)
                 + (f", {significant(100 * one.weight_bytes / base)} %" if base else ""),
                 "modelled": False,
-                "axis": "stored parameters, kB (1000 bytes)",
             }
             for one in run.results.variants
         ]
@@ -270,9 +165,13 @@ def weights(run: RunFolder) -> Section:
         return Section("weights", title, ("results.json holds no variant.",))
     picture = Picture(
         "weights",
-        partial(plots.bars, frame),
-        "Stored parameters: " + "; ".join(f"{row.title} {row.text}" for row in frame.itertuples()),
+        "Stored parameters",
+        model_plots.bars,
+        frame,
+        "Stored parameters: "
+        + "; ".join(f"{row.variant} {row.text}" for row in frame.itertuples()),
         "Stored parameters of the deployed form, and their share of the original's.",
+        {"value": "stored_kb", "axis": "stored parameters, kB (1000 bytes)"},
     )
     table = Table(
         "Weight bytes of each variant",

@@ -11,6 +11,8 @@ from typing import Any
 
 INK, MUTED, LINE, SURFACE = "#1d2430", "#5b6472", "#d8dde5", "#fefefe"
 BLUE, VERMILLION, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+# Speed ratios from far slower to far faster; the ratio is always written on the colour.
+HEAT = ("#f6b48f", "#fbdcc8", "#eceef2", "#d3e6f5", "#a9d0ec", "#7bbae5", "#4ba2da")
 CSS_VARIABLE = {
     INK: "ink",
     MUTED: "muted",
@@ -21,6 +23,7 @@ CSS_VARIABLE = {
     GREEN: "green",
     PURPLE: "purple",
     SKY: "sky",
+    **{colour: f"heat-{step}" for step, colour in enumerate(HEAT)},
 }
 
 FORM_MARKS = {

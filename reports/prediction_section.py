@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import pandas as pd
 
-from reports import kernel_plots, plots
+from reports import kernel_plots, model_plots
 from reports.formats import (
     Cell,
     count_cell,
@@ -17,7 +17,7 @@ from reports.formats import (
     percent_cell,
     significant,
 )
-from reports.html import Picture, Section, Table
+from reports.html import MAX_ROWS, Picture, Section, Table
 from reports.run_folder import FINETUNE, FIT, RunFolder
 from reports.verdict import held_out_mape
 
@@ -51,16 +51,24 @@ def prediction(run: RunFolder) -> Section:
         f"{percent(held_out_mape(run, 'mape_roofline'))}, the nearest measured neighbour by "
         f"{percent(held_out_mape(run, 'mape_nearest'))}.",
     )
+    drawn = _drawn(points)
     if not points.empty:
         pictures.insert(
             0,
             Picture(
                 "predicted",
-                partial(kernel_plots.predicted_measured, points),
+                "Predicted over measured latency of kernels",
+                kernel_plots.predicted_measured,
+                drawn,
                 f"Predicted against measured latency of {len(points)} rows, {held_out} of them "
                 f"held out; mean absolute error of those {percent(error)}.",
                 "Each mark is one kernel at one size, log scales; bars are 90 % prediction "
-                "intervals. The model that is drawn here has not seen the held-out rows.",
+                "intervals. The model that is drawn here has not seen the held-out rows."
+                + (
+                    f" {len(drawn)} of {len(points)} rows are drawn."
+                    if len(drawn) < len(points)
+                    else ""
+                ),
             ),
         )
     tables.insert(0, _error_table(run))
@@ -69,6 +77,16 @@ def prediction(run: RunFolder) -> Section:
             Table("Not modelled", ("form and lowering", "reason"), tuple(run.fit.skipped.items()))
         )
     return Section("prediction", title, lead, tuple(pictures), tuple(tables), commands)
+
+
+def _drawn(points: pd.DataFrame) -> pd.DataFrame:
+    """The held-out rows first, then as many others as the page holds, evenly picked."""
+    ordered = points.sort_values("split", kind="stable").reset_index(drop=True)
+    held_out = int((ordered.split == "test").sum())
+    room = max(0, MAX_ROWS - held_out)
+    rest = ordered.index[held_out:]
+    step = max(1, math.ceil(len(rest) / room)) if room else len(rest) + 1
+    return ordered.loc[[*ordered.index[:held_out][:MAX_ROWS], *(rest[::step] if room else [])]]
 
 
 def _error_table(run: RunFolder) -> Table:
@@ -134,25 +152,30 @@ def _end_to_end(run: RunFolder) -> tuple[list[Picture], list[Table]]:
     frame = pd.DataFrame(
         [
             {
-                "title": one.title,
-                "measured": one.latency_ms.value if one.latency_ms else None,
-                "measured_low": one.latency_ms.low if one.latency_ms else None,
-                "measured_high": one.latency_ms.high if one.latency_ms else None,
-                "predicted": one.predicted_latency_ms,
-                "predicted_low": one.predicted_interval.low if one.predicted_interval else None,
-                "predicted_high": one.predicted_interval.high if one.predicted_interval else None,
+                "variant": one.title,
+                "measured_ms": one.latency_ms.value if one.latency_ms else None,
+                "measured_low_ms": one.latency_ms.low if one.latency_ms else None,
+                "measured_high_ms": one.latency_ms.high if one.latency_ms else None,
+                "predicted_ms": one.predicted_latency_ms,
+                "predicted_low_ms": one.predicted_interval.low if one.predicted_interval else None,
+                "predicted_high_ms": one.predicted_interval.high
+                if one.predicted_interval
+                else None,
             }
             for one in variants
         ]
-    ).astype({"predicted": float, "measured": float} if variants else {})
-    if not variants or frame[["measured", "predicted"]].isna().all(axis=None):
+    ).astype({"predicted_ms": float, "measured_ms": float} if variants else {})
+    if not variants or frame[["measured_ms", "predicted_ms"]].isna().all(axis=None):
         return [], [table] if rows else []
     picture = Picture(
         "end-to-end",
-        partial(plots.end_to_end, frame),
+        "Measured and predicted latency of the whole model",
+        model_plots.measured_predicted,
+        frame,
         "Measured and predicted end-to-end latency of each variant; figures in the table.",
         "Filled: measured end to end. Hollow: predicted, the sum over the layers from the latency "
         "table. What lies between them is what the table does not know of: everything around the "
         "layers.",
+        {"axis": "latency, ms a batch"},
     )
     return [picture], [table]

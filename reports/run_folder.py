@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -99,11 +100,22 @@ def _read(path: Path, load: Callable[[Path], Content]) -> Content | None:
 
 
 def _rows(path: Path) -> tuple[Measurement, ...]:
-    store = open_store(path)
-    try:
+    with closing(open_store(path)) as store:
         return tuple(store.rows())
-    finally:
-        store.close()
+
+
+def rows_with_bursts(path: Path) -> tuple[Measurement, ...]:
+    """The measurements of a run folder with their samples: what a comparison of runs needs.
+
+    Raises:
+        BadInput: If they are not readable.
+    """
+
+    def read(store_path: Path) -> tuple[Measurement, ...]:
+        with closing(open_store(store_path)) as store:
+            return tuple(store.rows(samples=True))
+
+    return _read(path / "measurements.sqlite", read) or ()
 
 
 def load_run(path: Path) -> RunFolder:
