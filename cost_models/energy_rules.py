@@ -212,20 +212,21 @@ def saving_table(dense: Workload, other: Workload) -> Table:
     table = Table(
         title=f"Modelled energy of {other.form} against {dense.form}, {dense.product}",
         caption="mJ with memory, arithmetic alone in brackets; saving with memory and of "
-        "arithmetic alone; made up: points that the next rule takes away. 45 nm, modelled",
+        "arithmetic alone; made up: points of saving that the next rule takes away. 45 nm, "
+        "modelled",
         box=SIMPLE,
         padding=0,
     )
     table.add_column("rule", no_wrap=True)
-    for heading in (dense.form, other.form, "saving", "arithmetic", "made up"):
+    for heading in (dense.form, other.form, "saving, %", "arithmetic, %", "made up"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in savings(dense, other):
         table.add_row(
             RULES_IN_WORDS[one.rule],
             *(f"{e.with_memory_mj:.3f} ({e.compute_mj:.3f})" for e in (one.dense, one.other)),
-            f"{one.saving:.1f} %",
-            f"{one.compute_saving:.1f} %",
-            "-" if one.made_up is None else f"{one.made_up:.1f} points",
+            f"{one.saving:.1f}",
+            f"{one.compute_saving:.1f}",
+            "-" if one.made_up is None else f"{one.made_up:.1f}",
         )
     return table
 

@@ -25,6 +25,7 @@ ALLOWED = {
         "profiler.store",
         "profiler.device",
         "profiler.model_workloads",
+        "profiler.sweep_config",
         "profiler.command_line",
     },
     "reparam": {
@@ -40,6 +41,9 @@ ALLOWED = {
         "profiler.command_line",
         "cost_models.latency_table",
         "cost_models.operation_energy",
+        "cost_models.advice",
+        "cost_models.advice_result",
+        "cost_models.conversion_plan",
     },
     "reports": {
         "reports",
@@ -51,7 +55,10 @@ ALLOWED = {
         "profiler.command_line",
         "cost_models.latency_table",
         "cost_models.fit_result",
+        "cost_models.advice_result",
+        "cost_models.energy_rules",
         "reparam.results",
+        "reparam.ablation_results",
     },
 }
 # Who alone may import what of others.

@@ -74,4 +74,4 @@ def test_attention_is_two_products():
 def test_the_table_has_a_line_for_each_rule():
     table = saving_table(DENSE, SHIFT)
     assert table.row_count == len(RULES)
-    assert list(table.columns[3].cells)[:2] == ["70.7 %", "6.8 %"]
+    assert list(table.columns[3].cells)[:2] == ["70.7", "6.8"]

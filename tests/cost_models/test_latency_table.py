@@ -1,7 +1,9 @@
 import json
 import math
+import random
 import subprocess
 import sys
+import timeit
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -204,7 +206,7 @@ def test_a_missing_key_is_named(table, tmp_path, name):
         (b"[1]", "file: "),
         (b"[" * 100_000, "file: "),
         (b'{"format": "nn-meter", "version": 1}', "format: "),
-        (b'{"format": "shiftadd-latency-table", "version": 2, "rows": []}', "version: .* 1"),
+        (b'{"format": "shiftadd-latency-table", "version": 1, "rows": []}', "version: .* 2"),
         (b'{"format": "shiftadd-latency-table", "version": "1"}', "version: "),
     ],
 )
@@ -237,3 +239,52 @@ def test_loading_needs_neither_torch_nor_scikit_learn():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_200_damaged_files_each_give_one_line_that_names_the_file(valid_text, tmp_path):
+    chance = random.Random(0)
+    path, refused = tmp_path / "latency_table.json", 0
+    for _ in range(200):
+        content = bytearray(valid_text.encode())
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(content))
+            damage = chance.choice(("flip", "cut", "insert", "repeat"))
+            if damage == "flip":
+                content[at] = chance.randrange(256)
+            elif damage == "cut":
+                del content[at : at + chance.choice((1, 10, len(content)))]
+            elif damage == "insert":
+                content[at:at] = chance.choice((b"}", b'"', b"null", b"1e999", b"\x00", b"[" * 999))
+            else:
+                content[at:at] = content[max(0, at - 40) : at]
+            if not content:
+                break
+        path.write_bytes(content)
+        try:
+            LatencyTable.load(path).lookup(BETWEEN)
+        except TableError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            assert str(error).startswith(f"{path}: ") or "python -m profiler.sweep" in str(error)
+    assert refused > 150
+
+
+def test_a_second_lookup_costs_less_than_the_key_of_a_workload(table):
+    def fastest(action):
+        return min(timeit.repeat(action, number=200, repeat=5))
+
+    table.lookup(BETWEEN)
+    assert fastest(lambda: table.lookup(BETWEEN)) < fastest(lambda: BETWEEN.key)
+
+
+@pytest.mark.parametrize("field", ["fused", "exponent_min", "x_dtype"])
+def test_a_workload_of_strange_types_is_refused_or_answered(table, tmp_path, field):
+    for junk in ([[1]], {}, [], "bias", 1.5, None, [None]):
+        content = small(table)
+        content["entries"][0]["workload"][field] = junk
+        path = tmp_path / "latency_table.json"
+        path.write_text(json.dumps(content))
+        try:
+            assert LatencyTable.load(path).lookup(BETWEEN).latency_ms > 0
+        except TableError as error:
+            assert "\n" not in str(error)
