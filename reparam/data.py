@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from profiler.command_line import BadInput
 SPLITS = ("train", "validation", "test")
 # Shares of validation and test where the data come in one piece; the rest is for training.
 VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
+FOLDS = 5
 DIGITS_SIZE = 16
 LOADER_WORKERS = 2
 
@@ -69,8 +70,65 @@ def stratified_split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {"train": train, "validation": validation, "test": test}
 
 
+def fold_split(labels: np.ndarray, seed: int, fold: int) -> dict[str, np.ndarray]:
+    """Splits images so that over all folds each is in the test part exactly once.
+
+    Args:
+        labels: ``(images,)``.
+        seed: Of the split between training and validation; the folds are the same for all seeds.
+        fold: From 0 to FOLDS - 1.
+
+    Returns:
+        As ``stratified_split``.
+    """
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    rest, test = list(folds.split(labels, labels))[fold]
+    train, validation = train_test_split(
+        rest,
+        test_size=VALIDATION_SHARE / (1 - 1 / FOLDS),
+        stratify=labels[rest],
+        random_state=seed,
+    )
+    return {"train": train, "validation": validation, "test": test}
+
+
+def task_name(name: str, fold: int | None) -> str:
+    """A task's name, and which fold its test part is."""
+    return name if fold is None else f"{name}, test fold {fold}"
+
+
+def digit_parts(seed: int, fold: int | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The handwritten digits of scikit-learn and the indices of each split.
+
+    Args:
+        seed: Seed of the split.
+        fold: Which fold is the test part; None for a test part by seed.
+
+    Returns:
+        Images ``(1797, 1, 8, 8)`` from 0 to 16, labels ``(1797,)``, indices by split.
+
+    Source:
+        UCI Optical Recognition of Handwritten Digits, as shipped with scikit-learn.
+    """
+    bunch: Any = load_digits()
+    target = bunch.target
+    split = stratified_split(target, seed) if fold is None else fold_split(target, seed, fold)
+    parts = {name: torch.from_numpy(index) for name, index in split.items()}
+    return torch.from_numpy(bunch.images).float()[:, None], torch.from_numpy(target), parts
+
+
+def fixed_generator(split: str, seed: int, fold: int | None) -> torch.Generator:
+    """What the images of a split that is fixed are drawn from: alike for all seeds of a fold."""
+    draw = seed if fold is None else 1_000_000 + fold
+    return torch.Generator().manual_seed(1000 * draw + len(split))
+
+
 def random_affine(
-    images: Tensor, degrees: float = 10.0, shift: float = 0.1, scale: float = 0.1
+    images: Tensor,
+    degrees: float = 10.0,
+    shift: float = 0.1,
+    scale: float = 0.1,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Rotates, scales and moves each image by its own random amount.
 
@@ -79,6 +137,7 @@ def random_affine(
         degrees: Largest rotation.
         shift: Largest shift, as a share of the side.
         scale: Largest change of size, relative.
+        generator: What the amounts are drawn from; None for torch's global one.
 
     Returns:
         ``(b, c, h, w)``; what comes in from outside repeats the border.
@@ -86,7 +145,7 @@ def random_affine(
     b = len(images)
 
     def uniform() -> Tensor:
-        return torch.rand(b, device=images.device) * 2 - 1
+        return torch.rand(b, device=images.device, generator=generator) * 2 - 1
 
     angle, size = torch.deg2rad(uniform() * degrees), 1 + uniform() * scale
     cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
@@ -98,31 +157,21 @@ def random_affine(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def digits(seed: int) -> Data:
+def digits(seed: int, fold: int | None = None) -> Data:
     """1797 handwritten digits, 8×8, enlarged to ``(1, 16, 16)`` and normalised.
 
     Mean and standard deviation are those of the training part.
 
     Args:
         seed: Seed of the split.
-
-    Source:
-        UCI Optical Recognition of Handwritten Digits, as shipped with scikit-learn.
+        fold: Which fold is the test part; None for a test part by seed.
     """
-    bunch: Any = load_digits()
-    parts = {
-        split: torch.from_numpy(index)
-        for split, index in stratified_split(bunch.target, seed).items()
-    }
+    images, labels, parts = digit_parts(seed, fold)
     images = F.interpolate(
-        torch.from_numpy(bunch.images).float()[:, None],
-        size=(DIGITS_SIZE, DIGITS_SIZE),
-        mode="bilinear",
-        align_corners=False,
+        images, size=(DIGITS_SIZE, DIGITS_SIZE), mode="bilinear", align_corners=False
     )
     train_images = images[parts["train"]]
     images = (images - train_images.mean()) / train_images.std()
-    labels = torch.from_numpy(bunch.target)
 
     def batches(split: str, batch_size: int, training: bool) -> Batches:
         index = parts[split]
@@ -133,7 +182,7 @@ def digits(seed: int) -> Data:
             yield (random_affine(x) if training else x), labels[chosen]
 
     sizes = {split: len(index) for split, index in parts.items()}
-    return Data("digits", int(labels.max()) + 1, sizes, batches)
+    return Data(task_name("digits", fold), int(labels.max()) + 1, sizes, batches)
 
 
 def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None = None) -> Data:

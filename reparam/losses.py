@@ -2,10 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from reparam.moe import moe_layers
+from reparam.distributed import summed
+from reparam.fake_quantise import straight_through
+from reparam.latency_curves import ModelCurves
+from reparam.moe import MoEMlp, Routing, moe_layers
+
+# Dispatch moves a little from image to image: the penalty ends this far below the budget.
+AIM = 0.99
+MOST_DOUBLINGS = 10
+
+
+@dataclass(frozen=True)
+class LatencyObjective:
+    """What the routers are asked for beside the task.
+
+    Attributes:
+        weight: Of the loss; against a budget, the weight to start with.
+        curves: For the expected latency; None for the paper's latency-aware balance.
+        budget_ms: What the expected latency shall not exceed; None to have it as low as can be.
+    """
+
+    weight: float
+    curves: ModelCurves | None = None
+    budget_ms: float | None = None
+
+
+def latency_loss(model: nn.Module, objective: LatencyObjective) -> Tensor:
+    """The routers' loss of a model's last forward pass, unweighted, a scalar.
+
+    Without a budget the expected latency is relative to the slowest dispatch.
+    """
+    if objective.curves is None:
+        return model_latency_loss(model)
+    expected = expected_latency_ms(model, objective.curves)
+    if objective.budget_ms is None:
+        return expected / objective.curves.bounds_ms[1]
+    return budget_penalty(expected, AIM * objective.budget_ms)
+
+
+def objective_weight(objective: LatencyObjective, expected_ms: Sequence[float]) -> float:
+    """Weight of the routers' loss in the next epoch: doubled by each that missed the budget.
+
+    It never falls again: within the budget the penalty is zero by itself. It depends on nothing
+    but the history, so that a resumed run goes on alike.
+
+    Args:
+        objective: What is asked for.
+        expected_ms: Expected latency at the end of each epoch so far.
+    """
+    if objective.budget_ms is None:
+        return objective.weight
+    misses = sum(latency_ms > objective.budget_ms for latency_ms in expected_ms)
+    return objective.weight * 2.0 ** min(misses, MOST_DOUBLINGS)
 
 
 def squared_cv(x: Tensor) -> Tensor:
@@ -35,7 +89,8 @@ def latency_aware_loss(probabilities: Tensor, load: Tensor, expert_latency_ms: T
         ShiftAddViT, arXiv 2306.06446, with α_i = Lat_i / Σ_j Lat_j.
     """
     alpha = _alpha(expert_latency_ms)
-    return squared_cv(alpha * probabilities.sum(0)) + squared_cv(alpha * load.sum(0))
+    importance, loads = summed(probabilities.sum(0)), summed(load.sum(0))
+    return squared_cv(alpha * importance) + squared_cv(alpha * loads)
 
 
 def optimal_share(expert_latency_ms: Tensor) -> Tensor:
@@ -62,18 +117,63 @@ def model_latency_loss(model: nn.Module) -> Tensor:
     """
     losses = []
     for fqn, layer in moe_layers(model):
-        if layer.routing is None:
-            raise ValueError(f"{fqn}: has not been run yet")
+        routing = _routing(fqn, layer)
         if layer.expert_latency_ms.isnan().any():
             raise ValueError(f"{fqn}: expert_latency_ms is not set")
         losses.append(
-            latency_aware_loss(
-                layer.routing.probabilities, layer.routing.load, layer.expert_latency_ms
-            )
+            latency_aware_loss(routing.probabilities, routing.load, layer.expert_latency_ms)
         )
     if not losses:
         raise ValueError("the model has no MoE layer")
     return torch.stack(losses).mean()
+
+
+def dispatched_share(routing: Routing) -> Tensor:
+    """Share of the tokens that went to each expert, with the gradient of the soft load.
+
+    The value is that of the hard counts, which have no gradient; the backward pass is that of
+    Σq, the number of tokens that an expert is expected to win under the router's noise.
+
+    Args:
+        routing: Of one forward pass; in several processes, of this one's rows.
+
+    Returns:
+        ``(experts,)``, adding up to 1.
+    """
+    counts = summed(routing.counts.to(routing.load))
+    soft = summed(routing.load.sum(0)) / counts.sum()
+    return straight_through(soft, counts / counts.sum())
+
+
+def expected_latency_ms(model: nn.Module, curves: ModelCurves) -> Tensor:
+    """Latency of a model's kernels at the dispatch of its last forward pass, a scalar.
+
+    Args:
+        model: With MoE layers that have been run.
+        curves: Of ``reparam.latency_curves.latency_curves``, for the deployed batch.
+
+    Raises:
+        ValueError: If a layer was not run yet.
+    """
+    return curves.model_latency_ms(
+        {fqn: dispatched_share(_routing(fqn, layer)) for fqn, layer in moe_layers(model)}
+    )
+
+
+def budget_penalty(latency_ms: Tensor, budget_ms: float) -> Tensor:
+    """What a latency exceeds its budget by, relative to it; 0 within the budget.
+
+    Args:
+        latency_ms: A scalar.
+        budget_ms: In ms.
+    """
+    return torch.relu(latency_ms / budget_ms - 1)
+
+
+def _routing(fqn: str, layer: MoEMlp) -> Routing:
+    if layer.routing is None:
+        raise ValueError(f"{fqn}: has not been run yet")
+    return layer.routing
 
 
 def _alpha(expert_latency_ms: Tensor) -> Tensor:

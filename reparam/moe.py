@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +50,23 @@ class Router(nn.Module):
         super().__init__()
         self.gate = nn.Linear(dim, experts)
         self.noise_std = 1 / experts
+        self.draw_noise: Callable[[Tensor], Tensor] = torch.randn_like
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
         nn.init.zeros_(self.gate.bias)
 
     def forward(self, tokens: Tensor) -> Routing:
         """Routes tokens ``(tokens, dim)``."""
-        logits = self.gate(tokens)
-        noise = self.noise_std * torch.randn_like(logits) if self.training else 0.0
+        # Under autocast too, noise and load are computed in fp32.
+        logits = self.gate(tokens).float()
+        noise = self.noise_std * self.draw_noise(logits) if self.training else 0.0
         choice = (logits.detach() + noise).argmax(dim=-1)
+        # bincount would make the host wait for a GPU to learn the largest index.
+        chosen = choice[:, None] == torch.arange(logits.shape[-1], device=logits.device)
         return Routing(
             probabilities=logits.softmax(dim=-1),
             load=top1_probability(logits, self.noise_std),
             choice=choice,
-            counts=torch.bincount(choice, minlength=logits.shape[-1]),
+            counts=chosen.sum(0),
         )
 
 
@@ -139,16 +143,30 @@ class MoEMlp(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         self.routing = self.router(tokens)
         gates = self.routing.probabilities.gather(1, self.routing.choice[:, None])
+        # On a GPU the host would have to wait for the number of tokens of each expert.
+        everywhere = self.training and tokens.device.type != "cpu"
+        combine = self._combine_all if everywhere else self._combine_chosen
+        return combine(tokens, self.routing.choice, gates).reshape(*x.shape[:-1], -1)
+
+    def _combine_all(self, tokens: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
+        """Every expert computes all tokens and keeps its own; no size depends on the choice."""
+        outputs = [
+            torch.where(choice[:, None] == i, gates * expert(tokens), 0.0)
+            for i, expert in enumerate(self.experts.values())
+        ]
+        return torch.stack(outputs).sum(0)
+
+    def _combine_chosen(self, tokens: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
+        """Every expert computes its own tokens alone."""
         indices, outputs = [], []
         for i, expert in enumerate(self.experts.values()):
-            index = torch.nonzero(self.routing.choice == i).squeeze(1)
+            index = torch.nonzero(choice == i).squeeze(1)
             if len(index):
                 indices.append(index)
                 chosen = expert(tokens.index_select(0, index))
                 outputs.append(gates.index_select(0, index) * chosen)
         gathered = torch.cat(outputs)
-        y = torch.empty_like(gathered).index_copy(0, torch.cat(indices), gathered)
-        return y.reshape(*x.shape[:-1], -1)
+        return torch.empty_like(gathered).index_copy(0, torch.cat(indices), gathered)
 
     def __getstate__(self) -> dict[str, Any]:
         # Statistics in the graph of a training step cannot be copied, and need not be.

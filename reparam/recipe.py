@@ -13,12 +13,23 @@ from torch import nn
 
 from profiler.command_line import BadInput, load_config
 from reparam.convert import FilterFn, ReparamConfig, ShiftForm
+from reparam.latency_curves import Schedule
 from reparam.shift import ShiftVariant
 
 RECIPES = Path(__file__).parent / "recipes"
 
 LinearForm = Literal["keep"] | ShiftForm
-ExpertForm = Literal["mult_fp32", "mult_int8", "shift_fp32", "shift_int8", "shift_int4"]
+# What can be trained of these, conversion says.
+ExpertForm = Literal[
+    "mult_fp32",
+    "mult_bf16",
+    "mult_int8",
+    "shift_fp32",
+    "shift_bf16",
+    "shift_int8",
+    "shift_int8_wide",
+    "shift_int4",
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -49,6 +60,7 @@ class Stage(_Strict):
         mixup, cutmix: Parameter α of each; 0 switches it off.
         distillation: Part of the loss that asks for the original model's class probabilities
             rather than for the labels; has no effect on the original itself.
+        precision: ``bf16`` trains under autocast, with weights and sums in fp32.
     """
 
     epochs: PositiveInt
@@ -61,6 +73,7 @@ class Stage(_Strict):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class Variant(_Strict):
@@ -71,21 +84,49 @@ class Variant(_Strict):
         title: The same for people.
         attention_linears: Form of the linears around the attention.
         mlp: Form of the MLPs' linears, or ``moe``.
-        latency_loss_weight: Weight of the latency-aware loss; 0 trains without it.
+        experts: Form of each expert in place of the recipe's.
+        latency_loss_weight: Weight of the routers' loss; 0 trains without it.
+        latency_loss: ``balance``: the paper's, at whose minimum all experts take equally long;
+            ``expected``: the layers' latency at the dispatch of the moment.
+        schedule: Whether experts run one after the other or at once, for the expected latency.
+        latency_budget_ms: Most that the model's kernels shall take by the latency table; None to
+            have the expected latency as low as it can be.
+        latency_budget_share: The same for a device not known yet: 0 is the fastest dispatch of
+            that model, 1 the slowest.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     title: str
     attention_linears: LinearForm = "keep"
     mlp: LinearForm | Literal["moe"] = "keep"
+    experts: Annotated[dict[str, ExpertForm], Field(min_length=2)] | None = None
     latency_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    latency_loss: Literal["balance", "expected"] = "balance"
+    schedule: Schedule = "sequential"
+    latency_budget_ms: PositiveFloat | None = None
+    latency_budget_share: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Variant:
+        if self.latency_loss_weight and self.mlp != "moe":
+            raise ValueError(f"{self.name} has a latency_loss_weight but no router")
+        budgets = (self.latency_budget_ms, self.latency_budget_share)
+        if budgets.count(None) == 0:
+            raise ValueError("latency_budget_ms and latency_budget_share: only one can hold")
+        is_expected = self.latency_loss_weight and self.latency_loss == "expected"
+        if budgets.count(None) == 1 and not is_expected:
+            raise ValueError(
+                "latency_budget: needs latency_loss = 'expected' and a latency_loss_weight"
+            )
+        return self
 
 
 class Recipe(_Strict):
     """A fine-tuning run.
 
     Attributes:
-        data: ``digits``, or ``folder`` for the one named by ``--data``.
+        data: ``digits``; ``pairs``: which of four digits is there twice; ``pixels``: 1,024 tokens
+            of one pixel each; or ``folder`` for the one named by ``--data``.
         deploy_batch: Batch of the deployed model, for which the router's latencies hold.
         threads: CPU threads of the deployed model, and of training on the CPU: a model small
             enough for that gains little by more, and loses much on a machine that is not alone.
@@ -98,7 +139,7 @@ class Recipe(_Strict):
         variants: Outcomes of stage 2, the one that counts last.
     """
 
-    data: Literal["digits", "folder"]
+    data: Literal["digits", "pairs", "pixels", "folder"]
     deploy_batch: PositiveInt
     threads: PositiveInt
     model: ModelSettings
@@ -121,11 +162,6 @@ class Recipe(_Strict):
             raise ValueError("variants: names must differ from each other, original and stage1")
         if self.pretrain is None and not self.model.pretrained:
             raise ValueError("pretrain: is needed for a model without pre-trained weights")
-        for variant in self.variants:
-            if variant.latency_loss_weight and variant.mlp != "moe":
-                raise ValueError(
-                    f"variants: {variant.name} has a latency_loss_weight but no router"
-                )
         return self
 
     @property
@@ -138,7 +174,7 @@ class Recipe(_Strict):
         return ReparamConfig(
             attention_linears=variant.attention_linears,
             mlp=variant.mlp,
-            experts=dict(self.experts),
+            experts=dict(variant.experts or self.experts),
             shift_variant=self.shift_variant,
         )
 

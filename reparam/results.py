@@ -59,7 +59,13 @@ class Agreement(BaseModel):
 
 
 class Epoch(BaseModel):
-    """One epoch of training."""
+    """One epoch of training.
+
+    Attributes:
+        latency_loss: Mean of the routers' loss, unweighted; None where there was none.
+        latency_weight: What it was weighted with.
+        expected_latency_ms: From the latency curves, at the dispatch of the validation images.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,6 +73,8 @@ class Epoch(BaseModel):
     epoch: int
     train_loss: float
     latency_loss: float | None
+    latency_weight: float | None = None
+    expected_latency_ms: float | None = None
     validation_top1: float
     seconds: float
 

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profiler.command_line import BadInput
+from reparam.accuracy import device_of, dispatch_shares, predict
 from reparam.checkpoints import load_state, load_tensors, save_tensors
 from reparam.data import Data
-from reparam.evaluate import device_of, predict
-from reparam.losses import model_latency_loss
+from reparam.distributed import own_rows, place, replicated, row_weight, summed, wait_for_all
+from reparam.losses import LatencyObjective, latency_loss, objective_weight
 from reparam.recipe import Stage
 from reparam.results import Epoch
+from reparam.training_log import log_epochs
 
 _MODEL, _OPTIMISER = "model.", "optimiser."
 
@@ -62,14 +64,17 @@ def train(
     *,
     stage: str,
     seed: int = 0,
-    latency_loss_weight: float = 0.0,
+    objective: LatencyObjective | None = None,
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
+    log: Path | None = None,
     identity: Mapping[str, str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Trains a model in place; goes on from ``checkpoint`` where one is there.
+
+    In a process group each process takes its rows of every batch, and all end with equal weights.
 
     Args:
         model: Trained where its parameters are (CPU or GPU).
@@ -77,9 +82,10 @@ def train(
         settings: Length, rates and regularisation.
         stage: Name of the stage, for the history and the seeds.
         seed: Equal seeds give equal weights on the same machine and number of threads.
-        latency_loss_weight: Weight of the latency-aware loss of the model's routers.
+        objective: What the model's routers are asked for; None for nothing.
         teacher: Model in evaluation mode to distil from, where the settings ask for it.
         checkpoint: Where to keep the state after each epoch; None keeps none.
+        log: training.csv, see ``reparam.training_log``; None writes none.
         identity: What the run depends on; a checkpoint of another identity is refused.
         on_step: Called with the steps done and their total after each step.
         on_epoch: Called after each epoch that was trained now.
@@ -97,48 +103,75 @@ def train(
         history = _resume(checkpoint, model, optimiser, identity)
     steps_per_epoch = math.ceil(data.sizes["train"] / settings.batch_size)
     total = settings.epochs * steps_per_epoch
-    mix = _mix(settings, data.classes)
+    mix, replica = _mix(settings, data.classes), replicated(model)
 
     for epoch in range(len(history), settings.epochs):
         start = time.perf_counter()
         seed_everything(seed, stage, epoch)
         model.train()
+        weight = _weight(objective, history)
         losses, latency_losses = [], []
         batches = data.batches("train", settings.batch_size, True)
         for done, (images, labels) in enumerate(batches, start=epoch * steps_per_epoch):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(settings, done, steps_per_epoch)
-            loss, latency_loss = _losses(
-                model, images, labels, settings, mix, latency_loss_weight, teacher
-            )
+            loss = _task_loss(replica, images, labels, settings, mix, teacher)
+            routers_loss = latency_loss(model, objective) if objective else torch.zeros_like(loss)
             optimiser.zero_grad()
-            (loss + latency_loss_weight * latency_loss).backward()
+            (loss + weight * routers_loss).backward()
             if settings.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             optimiser.step()
             losses.append(loss.detach())
-            latency_losses.append(latency_loss.detach())
+            latency_losses.append(routers_loss.detach())
             if on_step:
                 on_step(done + 1, total)
-        train_loss = float(torch.stack(losses).mean())
+        train_loss = float(summed(torch.stack(losses).mean())) / place().world
         if not math.isfinite(train_loss):
             raise BadInput(f"recipe: {stage}.lr: the loss is {train_loss} in epoch {epoch}")
-        guesses, labels = predict(model, data, "validation", settings.batch_size)
+        validation_top1, expected_ms = _validate(model, data, settings, objective)
         entry = Epoch(
             stage=stage,
             epoch=epoch,
             train_loss=train_loss,
-            latency_loss=float(torch.stack(latency_losses).mean()) if latency_loss_weight else None,
-            validation_top1=100 * float((guesses == labels).float().mean()),
+            latency_loss=float(torch.stack(latency_losses).mean()) if objective else None,
+            latency_weight=weight if objective else None,
+            expected_latency_ms=expected_ms,
+            validation_top1=validation_top1,
             seconds=time.perf_counter() - start,
         )
         history.append(entry)
-        if checkpoint is not None:
-            _save(checkpoint, model, optimiser, identity, history)
+        if place().is_first:
+            if checkpoint is not None:
+                _save(checkpoint, model, optimiser, identity, history)
+            if log is not None:
+                log_epochs(log, stage, history)
+        wait_for_all()
         if on_epoch:
             on_epoch(entry)
     model.eval()
     return history
+
+
+def _weight(objective: LatencyObjective | None, history: list[Epoch]) -> float:
+    if objective is None:
+        return 0.0
+    expected = [e.expected_latency_ms for e in history if e.expected_latency_ms is not None]
+    return objective_weight(objective, expected)
+
+
+def _validate(
+    model: nn.Module, data: Data, settings: Stage, objective: LatencyObjective | None
+) -> tuple[float, float | None]:
+    """Validation top-1 in percent, and the expected latency in ms where there are curves."""
+    with dispatch_shares(model) as shares:
+        guesses, labels = predict(model, data, "validation", settings.batch_size)
+    validation_top1 = 100 * float((guesses == labels).float().mean())
+    if objective is None or objective.curves is None:
+        return validation_top1, None
+    curves = objective.curves.to(torch.device("cpu"))
+    dispatch = {fqn: torch.tensor(list(share.values())) for fqn, share in shares.items()}
+    return validation_top1, float(curves.model_latency_ms(dispatch))
 
 
 def _optimiser(model: nn.Module, settings: Stage) -> torch.optim.AdamW:
@@ -160,16 +193,15 @@ def _mix(settings: Stage, classes: int) -> Mixup | None:
     )
 
 
-def _losses(
+def _task_loss(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     settings: Stage,
     mix: Mixup | None,
-    latency_loss_weight: float,
     teacher: nn.Module | None,
-) -> tuple[Tensor, Tensor]:
-    """Task loss and latency-aware loss of a batch; the latter 0 where it has no weight.
+) -> Tensor:
+    """Task loss of this process's rows of a batch.
 
     Distillation is the divergence from the teacher's class probabilities (Hinton et al., arXiv
     1503.02531, at temperature 1).
@@ -179,17 +211,19 @@ def _losses(
     # Mixup pairs the images of a batch: an odd one, at the end of an epoch, stays unmixed.
     if mix is not None and len(images) % 2 == 0:
         images, labels = mix(images, labels)
-    logits = model(images)
+    share = row_weight(len(images))
+    images, labels = own_rows(images), own_rows(labels)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    with autocast:
+        logits = model(images).float()
     loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
     if teacher is not None and settings.distillation:
-        with torch.no_grad():
-            wanted = teacher(images).log_softmax(dim=-1)
+        with torch.no_grad(), autocast:
+            wanted = teacher(images).float().log_softmax(dim=-1)
         found = logits.log_softmax(dim=-1)
         divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
         loss = torch.lerp(loss, divergence, settings.distillation)
-    if not latency_loss_weight:
-        return loss, torch.zeros_like(loss)
-    return loss, model_latency_loss(model)
+    return loss * share
 
 
 def _save(

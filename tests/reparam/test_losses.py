@@ -5,7 +5,19 @@ from hypothesis import strategies as st
 from timm.layers import Mlp
 from torch import nn
 
-from reparam.losses import latency_aware_loss, model_latency_loss, optimal_share, squared_cv
+from reparam.latency_curves import LayerCurves, ModelCurves
+from reparam.losses import (
+    LatencyObjective,
+    budget_penalty,
+    dispatched_share,
+    expected_latency_ms,
+    latency_aware_loss,
+    latency_loss,
+    model_latency_loss,
+    objective_weight,
+    optimal_share,
+    squared_cv,
+)
 from reparam.moe import MoEMlp, Router
 
 positive = st.floats(0.01, 100)
@@ -100,3 +112,82 @@ def test_model_loss_is_the_mean_over_layers_and_asks_for_latencies():
     assert model_latency_loss(model).item() == pytest.approx((each[0] + each[1]).item() / 2)
     with pytest.raises(ValueError, match="no MoE layer"):
         model_latency_loss(nn.Linear(2, 2))
+
+
+CURVES = LayerCurves(
+    torch.tensor([[0.0, 1, 100], [0.0, 1, 100]]), torch.tensor([[0.0, 1, 10], [0.0, 1, 4]])
+)
+
+
+def moe_model(layers=2):
+    torch.manual_seed(0)
+    forms = {"mult": "mult_fp32", "shift": "shift_fp32"}
+    return nn.Sequential(*(MoEMlp.from_module(Mlp(8, 16), forms) for _ in range(layers)))
+
+
+def test_dispatched_share_is_the_counts_with_the_gradient_of_the_load():
+    torch.manual_seed(0)
+    router, tokens = Router(8, 2), torch.randn(50, 8)
+    routing = router(tokens)
+    share = dispatched_share(routing)
+    torch.testing.assert_close(share, routing.counts / 50)
+    (hard,) = torch.autograd.grad(share[0], router.gate.weight)
+    (soft,) = torch.autograd.grad(router(tokens).load.mean(0)[0], router.gate.weight)
+    torch.testing.assert_close(hard, soft)
+    assert soft.abs().sum() > 0
+
+
+def test_expected_latency_adds_the_layers_at_their_own_dispatch():
+    model = moe_model()
+    curves = ModelCurves({"0": CURVES, "1": CURVES}, rest_ms=7.0)
+    model(torch.randn(30, 8))
+    by_hand = sum(CURVES.layer_latency_ms(layer.routing.counts / 30).item() for layer in model)
+    assert expected_latency_ms(model, curves).item() == pytest.approx(7 + by_hand)
+    with pytest.raises(ValueError, match="0: has not been run"):
+        expected_latency_ms(moe_model(), curves)
+
+
+@pytest.mark.parametrize(("budget_share", "meets"), [(0.0, True), (0.5, True)])
+def test_a_router_trained_against_a_budget_meets_it(budget_share, meets):
+    curves = ModelCurves({"0": CURVES}, rest_ms=1.0)
+    low, high = curves.bounds_ms
+    budget = low + max(budget_share, 0.05) * (high - low)
+    objective = LatencyObjective(1.0, curves, budget)
+    model = moe_model(1)
+    nn.init.constant_(model[0].router.gate.bias, 0.0)
+    with torch.no_grad():
+        model[0].router.gate.bias[0] = 1.0  # starts on the slow expert
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
+    torch.manual_seed(0)
+    first = None
+    for _ in range(150):
+        model(torch.randn(256, 8))
+        loss = latency_loss(model, objective)
+        first = first if first is not None else loss.item()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.eval()(torch.randn(4096, 8))
+    assert first > 0
+    assert (expected_latency_ms(model, curves).item() <= budget) == meets
+
+
+def test_penalty_and_weight_press_only_while_the_budget_is_missed():
+    assert budget_penalty(torch.tensor(3.0), 4.0).item() == 0
+    assert budget_penalty(torch.tensor(5.0), 4.0).item() == pytest.approx(0.25)
+    curves = ModelCurves({"0": CURVES}, rest_ms=0.0)
+    objective = LatencyObjective(0.5, curves, budget_ms=4.0)
+    weights = [objective_weight(objective, past) for past in ([], [5.0], [5.0, 3.9], [5.0] * 99)]
+    assert weights == [0.5, 1.0, 1.0, 512.0]
+    assert objective_weight(LatencyObjective(0.5, curves), [9.0]) == 0.5
+
+
+def test_without_a_budget_the_loss_is_relative_to_the_slowest_dispatch():
+    model, curves = moe_model(1), ModelCurves({"0": CURVES}, rest_ms=0.0)
+    with torch.no_grad():
+        model[0].router.gate.weight.zero_()
+        model[0].router.gate.bias.copy_(torch.tensor([9.0, 0.0]))
+    model(torch.randn(10, 8))
+    slowest = curves.bounds_ms[1]
+    found = latency_loss(model, LatencyObjective(1.0, curves)).item()
+    assert found == pytest.approx(10.0 / slowest)

@@ -207,3 +207,17 @@ def test_linears_that_stage_1_leaves_in_an_attention_are_charged_as_fp32():
     workloads = layer_workloads(model, torch.randn(2, 3, 32, 32))
     assert workloads["blocks.0.attn.qkv"] == [linear("mult_fp32", 10, 16, 48)]
     assert "blocks.0.mlp.fc1" not in workloads
+
+
+def test_computing_all_or_chosen_tokens_is_the_same_and_all_needs_no_host(monkeypatch):
+    chosen, everything = make_moe(), make_moe()
+    monkeypatch.setattr(everything, "_combine_chosen", everything._combine_all)
+    x = torch.randn(20, 8) * 5
+    first, second = chosen(x), everything(x)
+    torch.testing.assert_close(first, second)
+    for y in (first, second):
+        y.square().sum().backward()
+    for one, other in zip(chosen.parameters(), everything.parameters()):
+        torch.testing.assert_close(one.grad, other.grad)
+    # Nothing on the meta device has values: whatever asked for one would fail.
+    assert make_moe().to("meta").train()(torch.empty(20, 8, device="meta")).shape == (20, 8)

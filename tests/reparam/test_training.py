@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -15,9 +19,11 @@ from torch import nn
 
 from profiler.command_line import BadInput
 from reparam import training
+from reparam.accuracy import predict, top1
 from reparam.checkpoints import load_tensors, load_weights, save_weights
+from reparam.convert import ReparamConfig, reparameterize_
 from reparam.data import Data, random_affine
-from reparam.evaluate import predict, top1
+from reparam.losses import LatencyObjective
 from reparam.recipe import Stage
 from reparam.training import learning_rate, seed_everything, train
 
@@ -162,11 +168,13 @@ def test_weights_round_trip_strictly(tmp_path):
 
 
 def test_latency_loss_reaches_the_weights_and_the_history(monkeypatch):
-    monkeypatch.setattr(training, "model_latency_loss", lambda model: model.head.bias.sum() ** 2)
+    monkeypatch.setattr(
+        training, "latency_loss", lambda model, objective: model.head.bias.sum() ** 2
+    )
     data, with_loss, without = stripes(), small_vit(), small_vit()
     nn.init.ones_(with_loss.head.bias), nn.init.ones_(without.head.bias)
     plain = train(without, data, SETTINGS, stage="s")
-    history = train(with_loss, data, SETTINGS, stage="s", latency_loss_weight=10.0)
+    history = train(with_loss, data, SETTINGS, stage="s", objective=LatencyObjective(10.0))
     assert all(entry.latency_loss is None for entry in plain)
     losses = [entry.latency_loss for entry in history]
     assert losses == sorted(losses, reverse=True)
@@ -196,3 +204,46 @@ def test_checkpoint_is_plain(tmp_path):
     tensors, header = load_tensors(tmp_path / "s.safetensors")
     assert json.loads(json.dumps(header)) == header
     assert {name.split(".")[0] for name in tensors} == {"model", "optimiser"}
+
+
+def test_killed_run_goes_on_to_the_same_weights(tmp_path):
+    """SIGKILL, which no code can catch, somewhere after the first epoch."""
+    checkpoint, log = tmp_path / "s.safetensors", tmp_path / "training.csv"
+    settings = SETTINGS.model_copy(update={"epochs": 6})
+    arguments = {"stage": "s", "checkpoint": checkpoint, "log": log}
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        train(small_vit(), stripes(), settings, on_epoch=lambda entry: time.sleep(0.2), **arguments)
+        os._exit(0)
+    while not checkpoint.is_file():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    uninterrupted, resumed, epochs = small_vit(), small_vit(), []
+    whole = train(uninterrupted, stripes(), settings, stage="s")
+    parts = train(resumed, stripes(), settings, on_epoch=epochs.append, **arguments)
+    torch.set_num_threads(threads)
+    assert 0 < len(epochs) < 6
+    assert without_seconds(parts) == without_seconds(whole)
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert [row["epoch"] for row in csv.DictReader(log.open())] == [str(n) for n in range(6)]
+
+
+def test_bf16_learns_and_keeps_fp32_weights():
+    model, data = small_vit(), stripes()
+    reparameterize_(
+        model, ReparamConfig(attention="add", attention_linears="shift_int8", mlp="moe")
+    )
+    settings = Stage(epochs=12, batch_size=16, lr=1e-2, warmup_epochs=1, precision="bf16")
+    history = train(model, data, settings, stage="s")
+    assert history[-1].train_loss < 0.7 * history[0].train_loss
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    fp32 = train(small_vit(), data, settings.model_copy(update={"precision": "fp32"}), stage="s")
+    bf16 = train(small_vit(), data, settings, stage="s")
+    assert bf16[0].train_loss != fp32[0].train_loss
+    assert bf16[0].train_loss == pytest.approx(fp32[0].train_loss, rel=0.02)

@@ -1,0 +1,219 @@
+"""Latency of a model as a differentiable function of where its routers send the tokens.
+
+For each expert the latency table is asked at a grid of token counts; a monotone piecewise-linear
+curve runs through the answers. Dispatch is a share of tokens by expert, so a curve for the
+deployed batch serves a training batch of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import permutations
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.isotonic import IsotonicRegression
+from torch import Tensor, nn
+
+from kernels.workload import Workload
+from reparam.expert_latency import Estimate, layer_workloads, undecided
+from reparam.moe import moe_layers
+
+Schedule = Literal["sequential", "parallel"]
+
+GRID_POINTS = 17
+
+
+@dataclass(frozen=True)
+class LayerCurves:
+    """Latency of each expert of an MoE layer over the tokens that it gets.
+
+    Attributes:
+        tokens: Grid, ``(experts, points)``, rising from 0 to all tokens of the layer.
+        latency_ms: At the grid, ``(experts, points)``, from 0 and never falling.
+        schedule: ``sequential``: the experts run one after the other; ``parallel``: at once, and
+            the layer takes as long as the slowest of them.
+    """
+
+    tokens: Tensor
+    latency_ms: Tensor
+    schedule: Schedule = "sequential"
+
+    def expert_latency_ms(self, share: Tensor) -> Tensor:
+        """Latency of each expert.
+
+        Args:
+            share: Of the layer's tokens by expert, ``(experts,)``.
+
+        Returns:
+            ``(experts,)``, with the gradient of the piece that the share lies on.
+        """
+        tokens = share * self.tokens[:, -1]
+        inside = tokens.detach()[:, None].contiguous()
+        last = self.tokens.shape[1] - 1
+        right = torch.searchsorted(self.tokens, inside, right=True).clamp(1, last)
+        (x0, x1), (y0, y1) = (
+            (grid.gather(1, right - 1)[:, 0], grid.gather(1, right)[:, 0])
+            for grid in (self.tokens, self.latency_ms)
+        )
+        return y0 + (y1 - y0) / (x1 - x0) * (tokens - x0)
+
+    def layer_latency_ms(self, share: Tensor) -> Tensor:
+        """Latency of the layer, a scalar."""
+        each = self.expert_latency_ms(share)
+        return each.sum() if self.schedule == "sequential" else each.max()
+
+
+@dataclass(frozen=True)
+class ModelCurves:
+    """Latency of a model's kernels as a function of the dispatch.
+
+    Attributes:
+        layers: By qualified name of the MoE layer.
+        rest_ms: What no dispatch changes: routers and converted layers outside of MoE.
+    """
+
+    layers: Mapping[str, LayerCurves]
+    rest_ms: float
+
+    def to(self, device: torch.device) -> ModelCurves:
+        """The same with its tensors on a device."""
+        return replace(
+            self,
+            layers={
+                fqn: replace(
+                    layer,
+                    tokens=layer.tokens.to(device),
+                    latency_ms=layer.latency_ms.to(device),
+                )
+                for fqn, layer in self.layers.items()
+            },
+        )
+
+    def model_latency_ms(self, shares: Mapping[str, Tensor]) -> Tensor:
+        """Latency of the model, a scalar.
+
+        Args:
+            shares: By MoE layer, the share of its tokens of each expert, ``(experts,)``.
+        """
+        layers = [self.layers[fqn].layer_latency_ms(share) for fqn, share in shares.items()]
+        return self.rest_ms + torch.stack(layers).sum()
+
+    @cached_property
+    def bounds_ms(self) -> tuple[float, float]:
+        """The least and the largest latency that a dispatch can give the model.
+
+        Looked for among the dispatches of whole tokens to one or two experts, all of them or
+        1,000 evenly spread: of two experts there are no others.
+        """
+        found = [_pair_latencies(layer) for layer in self.layers.values()]
+        low, high = sum(each.min() for each in found), sum(each.max() for each in found)
+        return self.rest_ms + float(low), self.rest_ms + float(high)
+
+
+def _pair_latencies(layer: LayerCurves) -> np.ndarray:
+    """Latencies of a layer whose tokens are shared out between two of its experts."""
+    tokens, latency_ms = layer.tokens.cpu().numpy(), layer.latency_ms.cpu().numpy()
+    everything = tokens[0, -1]
+    first = np.unique(np.round(np.linspace(0, everything, 1000)))
+    combine = np.add if layer.schedule == "sequential" else np.maximum
+    pairs = permutations(range(len(tokens)), 2)
+    return np.concatenate(
+        [
+            combine(
+                np.interp(first, tokens[one], latency_ms[one]),
+                np.interp(everything - first, tokens[other], latency_ms[other]),
+            )
+            for one, other in pairs
+        ]
+    )
+
+
+def latency_curves(
+    model: nn.Module,
+    lookup: Callable[[Workload], Estimate],
+    example: Tensor,
+    schedule: Schedule = "sequential",
+    points: int = GRID_POINTS,
+) -> ModelCurves:
+    """Asks a latency table for the curves of a model.
+
+    Args:
+        model: With MoE layers.
+        lookup: ``LatencyTable.lookup``; raises on a workload that it cannot answer.
+        example: Input of the model at the deployed batch.
+        schedule: How the experts of a layer run.
+        points: Of each grid, 0 tokens included.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+    """
+
+    @cache
+    def latency_ms(workload: Workload) -> float:
+        return lookup(workload).latency_ms
+
+    def total_ms(workloads: list[Workload]) -> float:
+        return sum(latency_ms(workload) for workload in workloads)
+
+    all_tokens = {
+        fqn: max(by_expert.values()) for fqn, by_expert in undecided(model, example).items()
+    }
+    if not all_tokens:
+        raise ValueError("the model has no MoE layer")
+    experts = {fqn: list(layer.experts) for fqn, layer in moe_layers(model)}
+    grids = {fqn: token_grid(tokens, points) for fqn, tokens in all_tokens.items()}
+
+    def at(expert: int, point: int) -> dict[str, list[Workload]]:
+        dispatch = {
+            fqn: {
+                name: grids[fqn][min(point, len(grids[fqn]) - 1)]
+                for name in names[expert : expert + 1]
+            }
+            for fqn, names in experts.items()
+        }
+        return layer_workloads(model, example, dispatch)
+
+    # An MoE layer without tokens is its router alone.
+    fixed = {fqn: total_ms(found) for fqn, found in at(0, 0).items()}
+    layers = {}
+    columns = {
+        (expert, point): at(expert, point)
+        for expert in range(max(map(len, experts.values())))
+        for point in range(points)
+    }
+    for fqn, names in experts.items():
+        grid = grids[fqn]
+        latencies = [
+            _monotone(
+                grid,
+                [total_ms(columns[expert, p][fqn]) - fixed[fqn] for p in range(len(grid))],
+            )
+            for expert in range(len(names))
+        ]
+        layers[fqn] = LayerCurves(
+            torch.tensor(grid, dtype=torch.float32).expand(len(names), -1).contiguous(),
+            torch.tensor(np.stack(latencies), dtype=torch.float32),
+            schedule,
+        )
+    return ModelCurves(layers, sum(fixed.values()))
+
+
+def token_grid(tokens: int, points: int = GRID_POINTS) -> list[int]:
+    """Token counts from 0 to all, dense where few tokens make a launch cost most.
+
+    Args:
+        tokens: All tokens of a layer.
+        points: At most as many.
+    """
+    steps = np.geomspace(1, tokens, points - 1).round().astype(int)
+    return [0, *sorted(set(steps.tolist()))]
+
+
+def _monotone(tokens: list[int], latency_ms: list[float]) -> np.ndarray:
+    """The closest curve that never falls; no tokens cost nothing."""
+    rising = IsotonicRegression(y_min=0.0).fit_transform(tokens[1:], latency_ms[1:])
+    return np.concatenate([[0.0], rising])

@@ -1,0 +1,86 @@
+"""A task that no single patch can answer: which digit is there twice?
+
+Four rotated digits in noise, two of them of one class, in different hands; that class is the class
+of the image. The other two are of classes of their own, so each digit has to be set against the
+others.
+
+Frozen: a change of any constant makes another task, of which earlier results say nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reparam.data import Batches, Data, digit_parts, fixed_generator, random_affine, task_name
+
+CLASSES = 10
+SIZE = 32
+TILE, GLYPH = SIZE // 2, 12
+IMAGES = {"train": 4096, "validation": 1024, "test": 2048}
+NOISE = 0.1
+DEGREES, SHIFT, SCALE = 15.0, 0.1, 0.1
+
+
+def pairs(seed: int, fold: int | None = None) -> Data:
+    """Four handwritten digits with one class twice, ``(1, 32, 32)``, 10 classes.
+
+    The digits of each split are those of no other. Training images are composed anew in each
+    epoch; validation and test images are the same in every run of a seed, or of a fold.
+
+    Args:
+        seed: Seed of the split and of the fixed images.
+        fold: Which fold of the digits the test images are made of; None for a part by seed.
+    """
+    glyphs, labels, parts = digit_parts(seed, fold)
+    glyphs = glyphs / glyphs.max()
+
+    def batches(split: str, batch_size: int, training: bool) -> Batches:
+        generator = torch.default_generator
+        if not training:
+            generator = fixed_generator(split, seed, fold)
+        for start in range(0, IMAGES[split], batch_size):
+            count = min(batch_size, IMAGES[split] - start)
+            yield compose(glyphs[parts[split]], labels[parts[split]], count, generator)
+
+    return Data(task_name("pairs", fold), CLASSES, dict(IMAGES), batches)
+
+
+def compose(
+    glyphs: Tensor, labels: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Makes images of the task.
+
+    Args:
+        glyphs: Digits to choose from, ``(digits, 1, 8, 8)`` from 0 to 1.
+        labels: Their classes, ``(digits,)``, each class at least once.
+        count: Images to make.
+        generator: What all choices are drawn from.
+
+    Returns:
+        Images ``(count, 1, 32, 32)`` of about mean 0 and deviation 1, and classes ``(count,)``.
+    """
+    classes = torch.rand(count, CLASSES, generator=generator).argsort(1)[:, :3]
+    answer = classes[:, 0]
+    order = torch.rand(count, 4, generator=generator).argsort(1)
+    tiles = torch.cat([answer[:, None], classes], dim=1).gather(1, order)
+    chosen = _of_class(labels, tiles, generator)
+    enlarged = F.interpolate(
+        glyphs[chosen.flatten()], size=(GLYPH, GLYPH), mode="bilinear", align_corners=False
+    )
+    margin = (TILE - GLYPH) // 2
+    drawn = random_affine(F.pad(enlarged, (margin,) * 4), DEGREES, SHIFT, SCALE, generator)
+    images = drawn.view(count, 2, 2, TILE, TILE).permute(0, 1, 3, 2, 4)
+    images = images.reshape(count, 1, SIZE, SIZE)
+    images = images + NOISE * torch.randn(images.shape, generator=generator)
+    return (images - 0.2) / 0.35, answer
+
+
+def _of_class(labels: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+    """Index of a random digit of each asked class, same shape as ``classes``."""
+    by_class = labels.argsort(stable=True)
+    counts = labels.bincount(minlength=CLASSES)
+    starts = counts.cumsum(0) - counts
+    within = torch.rand(classes.shape, generator=generator) * counts[classes]
+    return by_class[starts[classes] + within.long()]

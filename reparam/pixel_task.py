@@ -1,0 +1,75 @@
+"""A long sequence in the manner of Long Range Arena: an image as 1,024 tokens of one pixel each.
+
+A digit somewhere among fragments of others. A token knows one grey value and its place; what the
+digit is lies in hundreds of them. Any model with patches of one pixel takes it as a sequence.
+
+Frozen: a change of any constant makes another task, of which earlier results say nothing.
+
+Source:
+    Long Range Arena, arXiv 2011.04006, its pixel-level image classification.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reparam.data import Batches, Data, digit_parts, fixed_generator, random_affine, task_name
+
+SIZE = 32
+IMAGES = {"train": 2048, "validation": 512, "test": 1024}
+FRAGMENTS, FRAGMENT = 3, 6
+DEGREES, SHIFT, SCALE = 10.0, 0.12, 0.1
+
+
+def pixels(seed: int, fold: int | None = None) -> Data:
+    """Cluttered handwritten digits, ``(1, 32, 32)``, 10 classes.
+
+    The digits of each split are those of no other. Training images are composed anew in each
+    epoch; validation and test images are the same in every run of a seed, or of a fold.
+
+    Args:
+        seed: Seed of the split and of the fixed images.
+        fold: Which fold of the digits the test images are made of; None for a part by seed.
+    """
+    glyphs, labels, parts = digit_parts(seed, fold)
+    glyphs = glyphs / glyphs.max()
+
+    def batches(split: str, batch_size: int, training: bool) -> Batches:
+        generator = torch.default_generator
+        if not training:
+            generator = fixed_generator(split, seed, fold)
+        for start in range(0, IMAGES[split], batch_size):
+            count = min(batch_size, IMAGES[split] - start)
+            yield compose(glyphs[parts[split]], labels[parts[split]], count, generator)
+
+    return Data(task_name("pixels", fold), 10, dict(IMAGES), batches)
+
+
+def compose(
+    glyphs: Tensor, labels: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Makes images of the task.
+
+    Args:
+        glyphs: Digits to choose from, ``(digits, 1, 8, 8)`` from 0 to 1.
+        labels: Their classes, ``(digits,)``.
+        count: Images to make.
+        generator: What all choices are drawn from.
+
+    Returns:
+        Images ``(count, 1, 32, 32)`` of about mean 0 and deviation 1, and classes ``(count,)``.
+    """
+    chosen = torch.randint(len(labels), (count,), generator=generator)
+    enlarged = F.interpolate(glyphs[chosen], size=(24, 24), mode="bilinear", align_corners=False)
+    images = random_affine(F.pad(enlarged, (4, 4, 4, 4)), DEGREES, SHIFT, SCALE, generator)
+    image = torch.arange(count)[:, None, None]
+    offsets = torch.arange(FRAGMENT)
+    for _ in range(FRAGMENTS):
+        other = glyphs[torch.randint(len(labels), (count,), generator=generator), 0]
+        top, left = torch.randint(SIZE - FRAGMENT + 1, (2, count), generator=generator)
+        rows = (top[:, None] + offsets)[:, :, None]
+        columns = (left[:, None] + offsets)[:, None, :]
+        images[image, 0, rows, columns] = other[:, :FRAGMENT, :FRAGMENT]
+    return (images - 0.2) / 0.35, labels[chosen]
