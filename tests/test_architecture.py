@@ -59,7 +59,6 @@ ALLOWED = {
         "cost_models.energy_rules",
         "reparam.results",
         "reparam.ablation_results",
-        "reparam.ablation_results",
     },
 }
 # Who alone may import what of others.

@@ -25,11 +25,12 @@ from reparam.agreement import ROUNDING, first_flip, layer_error
 from reparam.convert import ConversionError, reparameterize_
 from reparam.deploy import deploy
 from reparam.expert_latency import layer_workloads
-from reparam.finetune import app, check_conversions, open_task
+from reparam.finetune import app, check_conversions
 from reparam.model_cost import compiled, measure_latencies, predict_latency
 from reparam.moe import moe_layers
 from reparam.recipe import RECIPES, Recipe, create_model, load_recipe
 from reparam.results import FinetuneResults
+from reparam.stages import open_task
 from reparam.training import seed_everything
 
 TINY = """
