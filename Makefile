@@ -5,8 +5,11 @@ BIN     = $(VENV)/bin
 RUN    ?= runs/quick
 BASE   ?= HEAD~1
 RESTARTS ?= 2
+MODELS ?= runs/models
+TARGET ?= 5
+ROUNDS ?= 4
 
-.PHONY: install run test bench prove clean
+.PHONY: install run test bench prove refine clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +40,18 @@ prove: install
 	$(BIN)/python tests/prove/kill_sweep.py --kills 100 --out runs/prove
 	$(BIN)/python tests/prove/repeatability.py --out runs/prove
 	$(BIN)/python tests/prove/gate_error_rates.py
+
+# Half an hour and more, resumable: measures where the latency models are least sure, until they are
+# within TARGET percent on left-out training rows or ROUNDS are over, then fits the table.
+refine: install
+	$(BIN)/python -m profiler.sweep --config latency-models --out $(MODELS)
+	for round in $$(seq $(ROUNDS)); do \
+	  $(BIN)/python -m cost_models.suggest --store $(MODELS)/measurements.sqlite \
+	    --out $(MODELS)/round-$$round.toml --seed $$round --target $(TARGET) \
+	    || { test $$? -eq 1 && break; exit 2; }; \
+	  $(BIN)/python -m profiler.sweep --config $(MODELS)/round-$$round.toml --out $(MODELS) || exit; \
+	done
+	$(BIN)/python -m cost_models.fit --store $(MODELS)/measurements.sqlite --out $(MODELS)
 
 clean:
 	rm -rf $(VENV) runs

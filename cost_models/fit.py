@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
+from sklearn.base import clone
 
 from cost_models.fit_result import FitResult, LoweringFit
 from cost_models.fitted_model import FittedModel
+from cost_models.held_out import error_table, is_locked, validate
 from cost_models.latency_table import (
     MODELLED_ENERGY,
     EnergySource,
@@ -22,31 +23,26 @@ from cost_models.latency_table import (
     TableError,
     is_canonical,
 )
+from cost_models.layer_models import fit_overheads
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
-from cost_models.validate import error_table, validate
-from kernels.workload import Workload
+from cost_models.training_rows import (
+    Row,
+    choose_device,
+    group_rows,
+    of_primitives,
+    read_store,
+    store_name,
+)
 from profiler.command_line import BadInput, output_folder, run
-from profiler.device import DeviceInfo
-from profiler.store import Measurement, open_store
+from profiler.store import Measurement
 
 app = typer.Typer(add_completion=False)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A hot measurement of one primitive, narrowed to what a model needs."""
-
-    workload: Workload
-    latency_ms: float
-    low_ms: float
-    high_ms: float
-    measurement: Measurement
-
-
 def fit(
     measurements: Iterable[Measurement],
-    store_name: str,
+    source: str,
     device: str | None = None,
     seed: int = 0,
 ) -> tuple[LatencyTable, FitResult]:
@@ -54,26 +50,22 @@ def fit(
 
     Args:
         measurements: Rows of a store.
-        store_name: Goes into both results.
+        source: Name of the store; goes into both results.
         device: Fingerprint; needed where the rows are of several devices.
-        seed: Of the split and of the search for hyper-parameters.
+        seed: Of the search for hyper-parameters.
 
     Raises:
         BadInput: If no row can be used, or the rows are of several devices.
     """
-    of_primitives = [
-        row
-        for row in measurements
-        if row.kind == "primitive" and row.workload is not None and row.cache == "hot"
-    ]
-    info = choose_device(of_primitives, store_name, device)
-    groups, skipped = group_rows(
-        row for row in of_primitives if row.device.fingerprint == info.fingerprint
-    )
+    every = list(measurements)
+    hot = of_primitives(every)
+    info = choose_device(hot, source, device)
+    groups, skipped = group_rows(r for r in hot if r.device.fingerprint == info.fingerprint)
     if not groups:
-        raise BadInput(f"{store_name}: no hot row of a primitive on {info.label} has a latency")
+        raise BadInput(f"{source}: no hot row of a primitive on {info.label} has a latency")
     fits: list[LoweringFit] = []
     models: list[FittedModel] = []
+    energy_models: list[FittedModel] = []
     progress = Console(stderr=True)
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=progress, transient=True
@@ -84,22 +76,24 @@ def fit(
                 f"{len(modelled)} rows, a model needs {MIN_ROWS}; only measured shapes are known"
             )
             continue
-        workloads = [row.workload for row in modelled]
-        latencies = [row.latency_ms for row in modelled]
         is_baseline = modelled[0].measurement.is_baseline
         model = LearnedLatency(form, lowering, is_baseline, info, seed)
-        fits.append(validate(model, workloads, latencies, seed))
-        models.append(model.fit(workloads, latencies).fitted_)
+        fits.append(validate(model, modelled))
+        models.append(model.fitted_)
+        energy_models += energy_model(model, modelled)
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     table = LatencyTable(
         device=info,
         created_at=created_at,
-        store=store_name,
+        store=source,
         entries=tuple(to_entry(row) for rows in groups.values() for row in rows),
         models=tuple(models),
+        energy_models=tuple(energy_models),
+        overheads=fit_overheads(r for r in every if r.device.fingerprint == info.fingerprint)
+        or None,
     )
     result = FitResult(
-        store=store_name,
+        store=source,
         device=info,
         seed=seed,
         created_at=created_at,
@@ -109,54 +103,22 @@ def fit(
     return table, result
 
 
-def choose_device(rows: list[Measurement], store_name: str, fingerprint: str | None) -> DeviceInfo:
-    """The device to model: one table answers for one device.
+def energy_model(latency: LearnedLatency, rows: Sequence[Row]) -> list[FittedModel]:
+    """The model of measured energy in mJ beside one of latency; none where too few were measured.
 
-    Raises:
-        BadInput: If there is none, several and no choice, or not the one chosen.
+    Args:
+        latency: The kernel's latency model.
+        rows: Of the same kernel; those of locked groups are left out.
     """
-    found = {row.device.fingerprint: row.device for row in rows}
-    if not found:
-        raise BadInput(
-            f"{store_name}: no hot rows of primitives; measure some with `python -m profiler.sweep`"
-        )
-    names = "; ".join(f"{key} = {info.label}" for key, info in sorted(found.items()))
-    if fingerprint is not None and fingerprint not in found:
-        raise BadInput(f"--device {fingerprint}: not in {store_name}; there are: {names}")
-    if fingerprint is None and len(found) > 1:
-        raise BadInput(f"{store_name}: several devices; choose one with --device: {names}")
-    return found[fingerprint or next(iter(found))]
-
-
-def group_rows(
-    rows: Iterable[Measurement],
-) -> tuple[dict[tuple[str, str], list[Row]], dict[str, str]]:
-    """Rows with a latency and its interval by form and lowering, and why others are left out.
-
-    Returns:
-        The groups, and by form and lowering the reason of those that have no row at all.
-    """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    reasons: dict[tuple[str, str], str] = {}
-    for row in rows:
-        assert row.workload is not None
-        key = (row.workload.form, row.lowering)
-        if row.latency_ms is None:
-            reasons[key] = f"{row.status}: {row.reason}"
-        elif row.latency_low_ms is None or row.latency_high_ms is None:
-            reasons[key] = "rows have no confidence interval of their latency"
-        elif not 0 < row.latency_low_ms <= row.latency_ms <= row.latency_high_ms:
-            reasons[key] = "latency lies outside its confidence interval"
-        else:
-            groups.setdefault(key, []).append(
-                Row(row.workload, row.latency_ms, row.latency_low_ms, row.latency_high_ms, row)
-            )
-    skipped = {
-        f"{form} {lowering}": f"no usable row; the last one: {reason}"
-        for (form, lowering), reason in reasons.items()
-        if (form, lowering) not in groups
-    }
-    return dict(sorted(groups.items())), skipped
+    known = [
+        (row.workload, row.measurement.energy_mj)
+        for row in rows
+        if row.measurement.energy_mj is not None and not is_locked(row.workload)
+    ]
+    if len(known) < MIN_ROWS:
+        return []
+    model = clone(latency).fit([w for w, _ in known], [energy_mj for _, energy_mj in known])
+    return [model.fitted_]
 
 
 def to_entry(row: Row) -> Entry:
@@ -201,20 +163,13 @@ def main(
         str | None, typer.Option(help="Fingerprint, where the store holds several devices.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the held-out split.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search for hyper-parameters.")
     ] = 0,
 ) -> None:
     """Fits latency models and writes latency_table.json and fit.json."""
     if out is None and "://" in store:
         raise BadInput("--out: is needed with a database URL as --store")
-    source = open_store(store)
-    try:
-        measurements = list(source.rows())
-    finally:
-        source.close()
-    # A URL may carry a password in front of its last slash or behind a question mark.
-    store_name = store.rpartition("/")[2].partition("?")[0]
-    table, result = fit(measurements, store_name, device, seed)
+    table, result = fit(read_store(store), store_name(store), device, seed)
     folder = output_folder(Path(store).parent if out is None else out)
     table.save(folder / "latency_table.json")
     part = folder / "fit.json.part"

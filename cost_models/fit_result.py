@@ -26,8 +26,8 @@ class Point(BaseModel):
 class LoweringFit(BaseModel):
     """The latency model of one form and lowering on one device, with its held-out errors.
 
-    Errors are None where no held-out row was left. They come from a model fitted on the training
-    part only; the table is then fitted on all rows.
+    Errors are None where no held-out row was left. Held-out rows are never trained on: the model is
+    the very one that the table holds.
 
     Attributes:
         form, lowering: What was modelled.
@@ -35,8 +35,10 @@ class LoweringFit(BaseModel):
         mape: Mean absolute percentage error on the held-out rows, in percent.
         within_10_percent: Share of held-out rows within ±10 %, in percent.
         interval_coverage: Share of held-out rows inside their 90 % interval, in percent.
-        mape_roofline, mape_nearest: The same error of a fitted roofline and of the nearest
-            measured neighbour.
+        mape_flops, mape_roofline, mape_nearest: The same error of latency in proportion to the
+            work, of a fitted roofline and of the nearest measured neighbour.
+        noise_floor: Median noise floor of the rows' sweeps, in percent; None where none was
+            measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,8 @@ class LoweringFit(BaseModel):
     interval_coverage: float | None
     mape_roofline: float | None
     mape_nearest: float | None
+    mape_flops: float | None = None
+    noise_floor: float | None = None
     points: list[Point]
 
 
@@ -60,7 +64,7 @@ class FitResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["shiftadd-fit"] = "shiftadd-fit"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     store: str
     device: DeviceInfo
     seed: int

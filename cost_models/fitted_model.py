@@ -16,20 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cost_models.features import EXTENTS, FEATURES, executed_macs, extents, features
+from cost_models.features import (
+    EXTENTS,
+    FEATURES,
+    FormFacts,
+    Numbers,
+    Sizes,
+    extents,
+    form_facts,
+    points_of,
+    sizes_of,
+)
+from cost_models.physical_core import CORES, Machine
 from kernels.workload import FORMS, Workload
 
 # Beyond the hull of the training shapes the interval grows by this factor with each octave, on
 # either side: no held-out row says how wrong the model is out there.
 WIDEN_PER_OCTAVE = 1.25
-# Sharpness of the bend between the compute and the memory roof: 9 % above the roofs' corner.
-_BEND = 8
 # Shapes read back as inside despite the rounding of a logarithm.
 _HULL_TOLERANCE = 1e-6
+# Predictions at once: their correlations with the training rows stay in the caches.
+_BLOCK = 2048
 
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0)]
-Size = Annotated[int, Field(ge=1, le=2**31)]
+Size = Annotated[int, Field(ge=1, le=2**62)]
 
 
 @dataclass(frozen=True)
@@ -48,78 +59,106 @@ class Prediction:
     octaves_outside: float = 0.0
 
 
-class RooflineParameters(BaseModel):
-    """``t = launch + max(executed macs / rate, bytes / bandwidth)``.
-
-    Source: Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009; with a launch overhead.
+@dataclass(frozen=True)
+class Predictions:
+    """Latencies of many workloads, each ``(rows,)``; as in Prediction.
 
     Attributes:
-        launch_ms: Latency of a launch that does nothing.
-        macs_per_ms: Multiply-accumulates per millisecond.
-        bytes_per_ms: Compulsory traffic per millisecond.
-        tile, units: How the output is cut up and shared out; (1, 1) and 1 waste nothing.
+        deviation: Predictive standard deviation of the logarithm of the latency.
+    """
+
+    latency_ms: NDArray[np.float64]
+    low_ms: NDArray[np.float64]
+    high_ms: NDArray[np.float64]
+    octaves_outside: NDArray[np.float64]
+    deviation: NDArray[np.float64]
+
+
+class PhysicalCore(BaseModel):
+    """``t = Σ cost · count``: the terms of ``physical_core.CORES`` with their fitted costs.
+
+    Attributes:
+        name: In CORES.
+        units, tile_rows, tile_columns, l2_bytes, l3_bytes: As in ``physical_core.Machine``.
+        costs_ms: Cost of one piece of each term; terms that cost nothing are left out.
     """
 
     model_config = STRICT
 
-    launch_ms: Positive
-    macs_per_ms: Positive
-    bytes_per_ms: Positive
-    tile: tuple[Size, Size]
+    name: str
     units: Size
+    tile_rows: Size
+    tile_columns: Size
+    l2_bytes: Size
+    l3_bytes: Size
+    costs_ms: dict[str, Positive]
 
-    def latency_ms(self, workload: Workload) -> float:
-        """Latency in ms; the two roofs are joined by a smooth maximum."""
-        compute = executed_macs(workload, self.tile, self.units) / self.macs_per_ms
-        memory = workload.traffic_bytes / self.bytes_per_ms
-        peak = max(compute, memory)
-        bend = ((compute / peak) ** _BEND + (memory / peak) ** _BEND) ** (1 / _BEND)
-        return self.launch_ms + peak * bend
+    @model_validator(mode="after")
+    def _known(self) -> PhysicalCore:
+        if self.name not in CORES:
+            raise ValueError(f"name: {self.name!r} is no core; known: {', '.join(CORES)}")
+        if not self.costs_ms:
+            raise ValueError("costs_ms: must hold at least one term")
+        return self
+
+    @cached_property
+    def machine(self) -> Machine:
+        """What the counts depend on."""
+        return Machine(self.units, self.tile_rows, self.tile_columns, self.l2_bytes, self.l3_bytes)
+
+    def latency_ms(self, sizes: Sizes, facts: FormFacts) -> Numbers:
+        """Latency in ms, of numbers or arrays.
+
+        Raises:
+            KeyError: On a cost of a term that the core does not count.
+        """
+        terms = CORES[self.name](sizes, facts, self.machine)
+        return sum(cost * terms[name] for name, cost in self.costs_ms.items())
 
 
-def matern52(
-    left: NDArray[np.float64], right: NDArray[np.float64], scales: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Anisotropic Matérn kernel with ν = 5/2.
-
-    Args:
-        left: ``(p, d)``.
-        right: ``(q, d)``.
-        scales: Length scales ``(d,)``.
-
-    Returns:
-        Correlations ``(p, q)``.
-
-    Source: Rasmussen, Williams: Gaussian Processes for Machine Learning, eq. 4.17.
-    """
-    difference = (left[:, None, :] - right[None, :, :]) / scales
-    distance = math.sqrt(5) * np.sqrt((difference**2).sum(axis=-1))
-    return (1 + distance + distance**2 / 3) * np.exp(-distance)
-
-
-# Without equality of its own: NumPy's is elementwise, and two models are equal if their fields are.
 @dataclass(frozen=True, eq=False)
 class _Process:
-    points: NDArray[np.float64]
+    """What evaluating the Gaussian process needs; lengths are in units of the length scales."""
+
+    columns: NDArray[np.int64]
     scales: NDArray[np.float64]
-    precision: NDArray[np.float64]
+    points: NDArray[np.float64]
+    factor: NDArray[np.float64]
     weights: NDArray[np.float64]
 
 
+def matern52(squared: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Matérn correlation with ν = 5/2 of squared distances in units of the length scale.
+
+    Source: Rasmussen, Williams: Gaussian Processes for Machine Learning, eq. 4.17.
+    """
+    distance = np.sqrt(5 * squared)
+    return (1 + distance + 5 / 3 * squared) * np.exp(-distance)
+
+
+def squared_distances(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Between points ``(p, d)`` and ``(q, d)``: ``(p, q)``."""
+    across = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2 * left @ right.T
+    return np.maximum(across, 0)
+
+
 class FittedModel(BaseModel):
-    """Roofline × exp(Gaussian process), for one form and lowering on one device.
+    """Physical core × exp(Gaussian process), for one form and lowering on one device.
 
     Attributes:
         form, lowering: What is modelled.
         is_baseline: True for an implementation of another project.
-        roofline: The physical core.
-        length_scales: By feature, in octaves; features that did not vary are left out.
-        variance: Variance of the logarithm of latency over roofline.
+        core: The physical core.
+        length_scales: By feature, in octaves; features that did not vary are left out. Empty where
+            nothing is learned beside the core.
+        variance: Variance of the logarithm of latency over core.
         noise: Variance of that logarithm between two measurements of one shape.
+        foreign_rows, foreign_noise: So many of the first rows are of another device, with so much
+            more variance: what a transferred model still knows of them.
         interval_width: Half of the 90 % interval in predictive standard deviations.
         hull: Least and largest training value of each extent, in octaves.
         points: Training shapes ``(rows, features)`` in the order of ``length_scales``.
-        residuals: Training targets ``(rows,)``: logarithm of latency over roofline.
+        residuals: Training targets ``(rows,)``: logarithm of latency over core.
     """
 
     model_config = STRICT
@@ -127,10 +166,12 @@ class FittedModel(BaseModel):
     form: str
     lowering: str
     is_baseline: bool
-    roofline: RooflineParameters
+    core: PhysicalCore
     length_scales: dict[str, Positive]
     variance: Positive
     noise: Positive
+    foreign_rows: Annotated[int, Field(ge=0)] = 0
+    foreign_noise: Annotated[float, Field(ge=0)] = 0.0
     interval_width: Positive
     hull: dict[str, tuple[float, float]]
     points: tuple[tuple[float, ...], ...]
@@ -151,6 +192,12 @@ class FittedModel(BaseModel):
             raise ValueError("points: must be as many as residuals, and at least one")
         if any(len(point) != len(self.length_scales) for point in self.points):
             raise ValueError("points: must have one value for each of length_scales")
+        if self.foreign_rows > len(self.points):
+            raise ValueError("foreign_rows: must not be more than there are points")
+        try:
+            self.core.latency_ms(Sizes(1.0, 1.0, 1.0, 1.0), self._facts)
+        except KeyError as error:
+            raise ValueError(f"core.costs_ms: {error} is no term of {self.core.name}") from error
         try:
             usable = bool(np.isfinite(self._process.weights).all())
         except np.linalg.LinAlgError:
@@ -159,33 +206,31 @@ class FittedModel(BaseModel):
             raise ValueError("noise: too small against variance to evaluate the model")
         return self
 
+    @property
+    def columns(self) -> list[int]:
+        """Which of FEATURES the process looks at, by number."""
+        return [FEATURES.index(name) for name in self.length_scales]
+
+    @cached_property
+    def _facts(self) -> FormFacts:
+        return form_facts(self.form)
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.float64]:
+        return np.array([self.hull[name] for name in EXTENTS])
+
     @cached_property
     def _process(self) -> _Process:
-        scales = np.array(list(self.length_scales.values()), dtype=float)
-        points = np.array(self.points, dtype=float).reshape(len(self.points), len(scales))
-        covariance = self.variance * matern52(points, points, scales)
-        factor = np.linalg.inv(np.linalg.cholesky(covariance + self.noise * np.eye(len(points))))
-        precision = factor.T @ factor
-        return _Process(points, scales, precision, precision @ np.array(self.residuals))
-
-    def leave_one_out(self) -> NDArray[np.float64]:
-        """Each training row's error in its own predictive deviations when it is left out.
-
-        Returns:
-            ``(rows,)``.
-
-        Source: Rasmussen, Williams: Gaussian Processes for Machine Learning, eq. 5.12.
-        """
-        return self._process.weights / np.sqrt(np.diag(self._process.precision))
-
-    def octaves_outside(self, workload: Workload) -> float:
-        """How far a workload lies outside the training shapes, in the worst direction."""
-        beyond = [
-            max(self.hull[name][0] - value, value - self.hull[name][1])
-            for name, value in extents(workload).items()
-        ]
-        worst = max(beyond)
-        return worst if worst > _HULL_TOLERANCE else 0.0
+        names = list(self.length_scales)
+        scales = np.array([self.length_scales[name] for name in names], dtype=float)
+        columns = np.array(self.columns, dtype=int)
+        points = np.array(self.points, dtype=float).reshape(len(self.points), len(names)) / scales
+        covariance = self.variance * matern52(squared_distances(points, points))
+        noises = np.full(len(points), self.noise)
+        noises[: self.foreign_rows] += self.foreign_noise
+        factor = np.linalg.inv(np.linalg.cholesky(covariance + np.diag(noises)))
+        weights = factor.T @ (factor @ np.array(self.residuals))
+        return _Process(columns, scales, points, factor, weights)
 
     def predict(self, workload: Workload) -> Prediction:
         """Median and 90 % interval; wider by WIDEN_PER_OCTAVE for each octave outside the hull.
@@ -193,18 +238,50 @@ class FittedModel(BaseModel):
         Raises:
             OverflowError: On parameters or sizes that no float can answer for.
         """
-        process, values = self._process, features(workload)
-        point = np.array([[values[name] for name in self.length_scales]], dtype=float)
-        covariance = self.variance * matern52(point, process.points, process.scales)[0]
-        explained = covariance @ process.precision @ covariance
-        deviation = math.sqrt(max(self.noise, self.variance + self.noise - explained))
-        latency_ms = self.roofline.latency_ms(workload) * math.exp(covariance @ process.weights)
-        outside = self.octaves_outside(workload)
-        factor = math.exp(self.interval_width * deviation) * WIDEN_PER_OCTAVE**outside
+        sizes = Sizes(float(workload.b), float(workload.m), float(workload.k), float(workload.n))
+        process, facts = self._process, self._facts
+        latency_ms, variance = float(self.core.latency_ms(sizes, facts)), self.noise
+        if self.length_scales:
+            octaves = [math.log2(sizes[column]) for column in process.columns]
+            across = process.points - np.array(octaves) / process.scales
+            covariance = self.variance * matern52(np.einsum("ij,ij->i", across, across))
+            explained = process.factor @ covariance
+            latency_ms *= math.exp(float(covariance @ process.weights))
+            variance += max(0.0, self.variance - float(explained @ explained))
+        logs = [math.log2(extent) for extent in extents(sizes, facts)]
+        outside = max(
+            max(low - value, value - high)
+            for value, (low, high) in zip(logs, (self.hull[name] for name in EXTENTS))
+        )
+        outside = outside if outside > _HULL_TOLERANCE else 0.0
+        factor = math.exp(self.interval_width * math.sqrt(variance)) * WIDEN_PER_OCTAVE**outside
         return Prediction(latency_ms, latency_ms / factor, latency_ms * factor, outside)
 
+    def predict_many(self, workloads: Sequence[Workload] | Sizes) -> Predictions:
+        """What ``predict`` says of each, without a loop: a sweep of shapes, or arrays of sizes."""
+        sizes = workloads if isinstance(workloads, Sizes) else sizes_of(workloads)
+        rows = len(sizes.m)
+        process, facts = self._process, self._facts
+        log_factor, variance = np.zeros(rows), np.full(rows, self.noise)
+        if self.length_scales:
+            points = points_of(sizes)[:, process.columns] / process.scales
+            for start in range(0, rows, _BLOCK):
+                block = slice(start, start + _BLOCK)
+                squared = squared_distances(points[block], process.points)
+                covariance = self.variance * matern52(squared)
+                explained = covariance @ process.factor.T
+                log_factor[block] = covariance @ process.weights
+                left = self.variance - np.einsum("ij,ij->i", explained, explained)
+                variance[block] += np.maximum(left, 0)
+        latency_ms = self.core.latency_ms(sizes, facts) * np.exp(log_factor)
+        logs = np.log2(np.stack(extents(sizes, facts), axis=1))
+        outside = np.maximum(self._bounds[:, 0] - logs, logs - self._bounds[:, 1]).max(axis=1)
+        outside = np.where(outside > _HULL_TOLERANCE, outside, 0.0)
+        deviation = np.sqrt(variance)
+        factor = np.exp(self.interval_width * deviation) * WIDEN_PER_OCTAVE**outside
+        return Predictions(latency_ms, latency_ms / factor, latency_ms * factor, outside, deviation)
 
-def hull_of(workloads: Sequence[Workload]) -> dict[str, tuple[float, float]]:
-    """Least and largest extent of some workloads, in octaves."""
-    rows = [extents(workload) for workload in workloads]
-    return {name: (min(r[name] for r in rows), max(r[name] for r in rows)) for name in rows[0]}
+
+def changed(model: FittedModel, **values: object) -> FittedModel:
+    """A model with other values; unlike pydantic's own copy it evaluates nothing of the old one."""
+    return FittedModel(**(dict(model) | values))

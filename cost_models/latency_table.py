@@ -37,6 +37,7 @@ from pydantic import (
 
 from cost_models.fitted_model import STRICT, FittedModel, Positive
 from cost_models.operation_energy import operation_energy
+from cost_models.overheads import LayerOverhead
 from cost_models.shipped_tables import shipped_path, shipped_tables
 from kernels.workload import FORMS, Workload
 from profiler.device import DeviceInfo
@@ -45,6 +46,7 @@ Source = Literal["measured", "predicted", "extrapolated"]
 EnergySource = Literal["measured", "modelled"]
 
 MODELLED_ENERGY = "45 nm operation and traffic counts, not this device"
+DEVICE_ENERGY = "from the measured energies of this device"
 
 # Answers kept: a router's loss asks for the same few shapes at each step.
 _ANSWERS = 2**16
@@ -146,7 +148,7 @@ class _Header(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     format: Literal["shiftadd-latency-table"]
-    version: Literal[1]
+    version: Literal[2]
 
 
 class LatencyTable(BaseModel):
@@ -158,17 +160,21 @@ class LatencyTable(BaseModel):
         store: Name of the store that it was fitted on.
         entries: Measured workloads, each lowering once.
         models: One for each form and lowering that had enough rows.
+        energy_models: Likewise, of energy in mJ, where enough rows have a measured one.
+        overheads: What measured layers and models take beside their kernels; None without such.
     """
 
     model_config = STRICT
 
     format: Literal["shiftadd-latency-table"] = "shiftadd-latency-table"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     device: DeviceInfo
     created_at: str
     store: str
     entries: tuple[Entry, ...]
     models: tuple[FittedModel, ...]
+    energy_models: tuple[FittedModel, ...] = ()
+    overheads: tuple[LayerOverhead, ...] | None = None
 
     @model_validator(mode="after")
     def _each_once(self) -> LatencyTable:
@@ -300,12 +306,26 @@ class LatencyTable(BaseModel):
             latency_ms=prediction.latency_ms,
             low_ms=prediction.low_ms,
             high_ms=prediction.high_ms,
-            energy_mj=operation_energy(workload).with_memory_mj,
+            energy_mj=self._energy_mj(workload, lowering),
             energy_source="modelled",
-            energy_reason=f"not measured at this shape; {MODELLED_ENERGY}",
+            energy_reason=f"not measured at this shape; {self._energy_origin(workload, lowering)}",
             source="extrapolated" if prediction.octaves_outside else "predicted",
             lowering=lowering,
         )
+
+    @cached_property
+    def _energy_models(self) -> dict[tuple[str, str], FittedModel]:
+        return {(model.form, model.lowering): model for model in self.energy_models}
+
+    def _energy_mj(self, workload: Workload, lowering: str) -> float:
+        model = self._energy_models.get((form_of(workload), lowering))
+        if model is None:
+            return operation_energy(workload).with_memory_mj
+        return model.predict(workload).latency_ms
+
+    def _energy_origin(self, workload: Workload, lowering: str) -> str:
+        known = (form_of(workload), lowering) in self._energy_models
+        return DEVICE_ENERGY if known else MODELLED_ENERGY
 
     def save(self, path: str | Path) -> None:
         """Writes the table; a reader sees the old file or the new one, never a part."""

@@ -1,7 +1,7 @@
-"""Latency estimators with one interface: ``fit(workloads, latency_ms) -> self``, ``predict``.
+"""The main latency model: a physical core, and a Gaussian process for what it leaves out.
 
-All work on one form and lowering on one device, in the logarithm of the latency: an error of 10 %
-weighs the same at 2 µs and at 50 ms.
+All works on one form and lowering on one device, in the logarithm of the latency: an error of 10 %
+weighs the same at 2 µs and at 50 ms. Measured energy in mJ is fitted by the same estimator.
 """
 
 from __future__ import annotations
@@ -9,204 +9,255 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from scipy.optimize import nnls
 from scipy.stats import t as student_t
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from sklearn.model_selection import GroupKFold
 
-from cost_models.features import FEATURES, executed_macs, features, parallel_units
-from cost_models.fitted_model import FittedModel, Prediction, RooflineParameters, hull_of
+from cost_models.features import (
+    FEATURES,
+    FormFacts,
+    Sizes,
+    form_facts,
+    hull_of,
+    points_of,
+    shape_group,
+    sizes_of,
+)
+from cost_models.fitted_model import FittedModel, PhysicalCore, Predictions, changed
+from cost_models.physical_core import CORES, Machine, cores_for, machines
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
 
-# Below this a roofline already has as many parameters as there are rows.
 MIN_ROWS = 4
 # 5 % and 95 % quantiles of a normal distribution lie this many deviations from its median.
 Z90 = 1.645
-# Output tiles to choose from, (rows, columns): none, our schedules', the rival libraries'.
-TILES = ((1, 1), (16, 32), (32, 32), (64, 64), (128, 64), (128, 128))
+_FOLDS = 8
+# Relative errors beyond this weigh less and less: a disturbed row does not bend the core.
+_HUBER = 0.1
+_REWEIGHTINGS = 4
+# How strongly a term's cost is pulled to nothing, in units of its largest share of a latency: of
+# two terms that explain the same, both are used rather than one at the rows' mercy.
+_SHRINKAGE = 0.05
+# Cores that go on to the choice with a Gaussian process.
+_FINALISTS = 2
+# Hyper-parameters are searched on so many rows at most: the search takes their cube.
+_SEARCH_ROWS = 300
+_LEAST_NOISE = 1e-4
 
 
-class LatencyEstimator(Protocol):
-    """What validation asks of a model."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows to fit on: sizes, latencies ``(rows,)`` in ms and the group of each."""
 
-    def fit(self, workloads: Sequence[Workload], latency_ms: Sequence[float]) -> LatencyEstimator:
-        """Learns from measured workloads and returns itself."""
-        ...
+    sizes: Sizes
+    facts: FormFacts
+    latency_ms: NDArray[np.float64]
+    groups: NDArray[np.str_]
 
-    def predict(self, workloads: Sequence[Workload]) -> list[Prediction]:
-        """Median and 90 % interval of each workload."""
-        ...
-
-
-def _around(latency_ms: float, log_deviation: float) -> Prediction:
-    factor = math.exp(Z90 * log_deviation)
-    return Prediction(latency_ms, latency_ms / factor, latency_ms * factor)
+    def take(self, which: NDArray[np.int64]) -> _Rows:
+        sizes = Sizes(*(column[which] for column in self.sizes))
+        return _Rows(sizes, self.facts, self.latency_ms[which], self.groups[which])
 
 
-def fit_roofline(
-    workloads: Sequence[Workload],
-    latency_ms: Sequence[float],
-    tile: tuple[int, int] = (1, 1),
-    units: int = 1,
-) -> tuple[RooflineParameters, NDArray[np.float64]]:
-    """Robust least squares on log latency, from a launch-bound and a throughput-bound start.
+def fit_core(
+    name: str, machine: Machine, sizes: Sizes, facts: FormFacts, latency_ms: NDArray[np.float64]
+) -> PhysicalCore:
+    """Costs of a core's terms by non-negative least squares on the relative error.
 
     Args:
-        workloads: Measured workloads.
-        latency_ms: Their latencies.
-        tile, units: How the output is cut up and shared out; the defaults waste nothing.
+        name: In ``physical_core.CORES``.
+        machine: What the counts depend on.
+        sizes, facts: Of the measured workloads.
+        latency_ms: ``(rows,)``.
 
-    Returns:
-        The roofline, and the logarithm of modelled over measured latency, ``(rows,)``.
+    Source: Lawson, Hanson: Solving Least Squares Problems, 1974, ch. 23; reweighted for Huber's
+        loss.
     """
-    measured = np.asarray(latency_ms, dtype=float)
-    least = measured.min()
-    macs_rate = max(executed_macs(w, tile, units) / t for w, t in zip(workloads, measured))
-    bytes_rate = max(w.traffic_bytes / t for w, t in zip(workloads, measured))
-
-    def parameters(logs: NDArray[np.float64]) -> RooflineParameters:
-        launch, macs, traffic = (float(value) for value in np.exp(logs))
-        return RooflineParameters(
-            launch_ms=launch, macs_per_ms=macs, bytes_per_ms=traffic, tile=tile, units=units
-        )
-
-    def errors(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-        roofline = parameters(logs)
-        return np.log([roofline.latency_ms(w) for w in workloads]) - np.log(measured)
-
-    rates = np.array([macs_rate, bytes_rate])
-    bounds = np.log([[least * 1e-3, *(rates / 4)], [least * 1.2, *(rates * 1e3)]])
-    starts = [np.log([least * share, *(rates * 1.1)]) for share in (0.9, 0.1)]
-    found = [
-        least_squares(errors, start, bounds=bounds, loss="soft_l1", f_scale=0.2) for start in starts
-    ]
-    best = min(found, key=lambda result: result.cost)
-    return parameters(best.x), errors(best.x)
+    terms = CORES[name](sizes, facts, machine)
+    relative = np.stack([column / latency_ms for column in terms.values()], axis=1)
+    scale = np.maximum(relative.max(axis=0), 1e-300)
+    weights = np.ones(len(latency_ms))
+    shrinkage, nothing = _SHRINKAGE * np.eye(len(scale)), np.zeros(len(scale))
+    for _ in range(_REWEIGHTINGS):
+        root = np.sqrt(weights)
+        rows = np.concatenate([relative / scale * root[:, None], shrinkage])
+        costs, _norm = nnls(rows, np.concatenate([root, nothing]), maxiter=100 * len(scale))
+        errors = np.abs(relative / scale @ costs - 1)
+        weights = np.minimum(1.0, _HUBER / np.maximum(errors, 1e-12))
+    costs_ms = {term: float(cost) for term, cost in zip(terms, costs / scale) if cost > 0}
+    return PhysicalCore(name=name, **asdict(machine), costs_ms=costs_ms)
 
 
-class Roofline:
-    """Launch overhead, compute roof and memory roof: what a model without learning can say.
-
-    Attributes:
-        parameters_: After ``fit``: the roofline itself.
-    """
-
-    def fit(self, workloads: Sequence[Workload], latency_ms: Sequence[float]) -> Roofline:
-        """Fits three parameters; the spread is that of its training errors."""
-        self.parameters_, errors = fit_roofline(workloads, latency_ms)
-        self._log_deviation = math.sqrt((errors**2).sum() / max(1, len(errors) - 3))
-        return self
-
-    def predict(self, workloads: Sequence[Workload]) -> list[Prediction]:
-        """The roofline's latency and 90 % interval of each workload."""
-        return [_around(self.parameters_.latency_ms(w), self._log_deviation) for w in workloads]
+def folds_of(groups: NDArray[np.str_]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(Training, left-out) rows of each fold; groups stay together where there are enough."""
+    found = len(set(groups))
+    keys = groups if found >= 3 else np.arange(len(groups)).astype(str)
+    splits = GroupKFold(min(_FOLDS, len(set(keys)))).split(np.zeros(len(keys)), groups=keys)
+    return [(np.asarray(train), np.asarray(left)) for train, left in splits]
 
 
-class NearestNeighbour:
-    """The nearest measured shape in octaves of b, m, k and n, scaled by the work."""
-
-    def fit(self, workloads: Sequence[Workload], latency_ms: Sequence[float]) -> NearestNeighbour:
-        """Remembers the rows; the spread comes from predicting each from the others."""
-        self._known = list(zip(workloads, latency_ms))
-        errors = [
-            math.log(self._scaled(workload, self._known[:i] + self._known[i + 1 :]) / latency)
-            for i, (workload, latency) in enumerate(self._known)
-        ]
-        self._log_deviation = math.sqrt(sum(error**2 for error in errors) / len(errors))
-        return self
-
-    def predict(self, workloads: Sequence[Workload]) -> list[Prediction]:
-        """The neighbour's latency per multiply-accumulate times the workload's."""
-        return [_around(self._scaled(w, self._known), self._log_deviation) for w in workloads]
-
-    @staticmethod
-    def _scaled(workload: Workload, known: list[tuple[Workload, float]]) -> float:
-        here = features(workload)
-
-        def distance(row: tuple[Workload, float]) -> float:
-            there = features(row[0])
-            return math.dist(list(here.values()), list(there.values()))
-
-        neighbour, latency = min(known, key=distance)
-        return latency * workload.macs / neighbour.macs
+@dataclass(frozen=True)
+class _Candidate:
+    core: str
+    machine: Machine
+    learned: bool
 
 
-class LearnedLatency:
-    """The main model: a roofline times the exponential of a Gaussian process on log2 features.
+class LearnedLatency(BaseEstimator):
+    """Physical core × exp(Gaussian process on octaves), chosen by cross-validation.
 
-    The process learns what the roofline leaves out: tiles, waves, caches, the length of a loop.
+    The process learns what the core leaves out. Which core, with what caches and tiles, and whether
+    anything is worth learning beside it, is decided on folds of the training rows; so is the
+    interval's width.
 
     Attributes:
         fitted_: After ``fit``: the model as plain numbers, which is what predicts.
+        errors_: After ``fit``: logarithm of measured over predicted latency of each training row
+            by a model that was fitted without its group, ``(rows,)``.
     """
 
     def __init__(
         self, form: str, lowering: str, is_baseline: bool, device: DeviceInfo, seed: int = 0
     ) -> None:
         self.form, self.lowering, self.is_baseline = form, lowering, is_baseline
-        self._device, self._seed = device, seed
+        self.device, self.seed = device, seed
 
     def fit(self, workloads: Sequence[Workload], latency_ms: Sequence[float]) -> LearnedLatency:
-        """Fits the roofline, then the process on what remains, then the interval's width.
+        """Chooses and fits core and process, then the interval's width.
 
         Raises:
             ValueError: On fewer than MIN_ROWS rows.
         """
         if len(workloads) < MIN_ROWS:
             raise ValueError(f"{len(workloads)} rows; a model needs {MIN_ROWS}")
-        rooflines = [
-            fit_roofline(workloads, latency_ms, tile, units)
-            for tile in TILES
-            for units in sorted({1, parallel_units(self._device)})
+        facts = form_facts(self.form)
+        groups = np.array([shape_group(workload) for workload in workloads])
+        rows = _Rows(sizes_of(workloads), facts, np.asarray(latency_ms, dtype=float), groups)
+        hull, found = hull_of(workloads), []
+        for candidate in self._finalists(rows):
+            model = self._model(candidate, rows, hull)
+            errors, deviations = self._left_out(candidate, model, rows)
+            found.append((float(np.abs(errors).mean()), model, errors, deviations))
+        _, model, errors, deviations = min(found, key=lambda one: one[0])
+        width = interval_width(errors / deviations)
+        self.fitted_ = changed(model, interval_width=width)
+        self.errors_ = errors
+        return self
+
+    def predict(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
+        """Median latency of each workload in ms, ``(rows,)``."""
+        return self.predict_interval(workloads).latency_ms
+
+    def predict_interval(self, workloads: Sequence[Workload]) -> Predictions:
+        """Median and 90 % interval of each workload."""
+        return self.fitted_.predict_many(workloads)
+
+    def _finalists(self, rows: _Rows) -> list[_Candidate]:
+        """The cores with the least error of their own on left-out rows, with and without more."""
+        every = [
+            (name, machine)
+            for name in cores_for(rows.facts, self.is_baseline, self.device)
+            for machine in machines(name, self.device)
         ]
-        roofline, _ = min(rooflines, key=lambda found: float(np.abs(found[1]).mean()))
-        residuals = [math.log(t / roofline.latency_ms(w)) for w, t in zip(workloads, latency_ms)]
-        table = [features(workload) for workload in workloads]
-        names = [f for f in FEATURES if len({round(row[f], 6) for row in table}) > 1]
-        points = [[row[name] for name in names] for row in table]
-        scales, variance, noise = _hyper_parameters(points, residuals, self._seed)
-        fitted = FittedModel(
+
+        def error(core: tuple[str, Machine]) -> float:
+            errors = [
+                np.abs(_residuals(_core_of(*core, rows.take(train)), rows.take(left)))
+                for train, left in folds_of(rows.groups)
+            ]
+            return float(np.concatenate(errors).mean())
+
+        best = sorted(every, key=error)[:_FINALISTS]
+        return [_Candidate(*best[0], learned=False), *(_Candidate(*c, learned=True) for c in best)]
+
+    def _model(
+        self, candidate: _Candidate, rows: _Rows, hull: dict[str, tuple[float, float]]
+    ) -> FittedModel:
+        core = _core_of(candidate.core, candidate.machine, rows)
+        residuals, every = _residuals(core, rows), points_of(rows.sizes)
+        names: list[str] = []
+        if candidate.learned:
+            names = [f for i, f in enumerate(FEATURES) if np.ptp(every[:, i]) > 1e-6]
+        points = every[:, [FEATURES.index(name) for name in names]]
+        spread = max(_LEAST_NOISE, float(np.mean(residuals**2)))
+        scales, variance, noise = [1.0] * len(names), spread, spread
+        if names:
+            scales, variance, noise = hyper_parameters(points, residuals, self.seed)
+        return FittedModel(
             form=self.form,
             lowering=self.lowering,
             is_baseline=self.is_baseline,
-            roofline=roofline,
+            core=core,
             length_scales=dict(zip(names, scales)),
             variance=variance,
             noise=noise,
             interval_width=Z90,
-            hull=hull_of(workloads),
-            points=tuple(tuple(point) for point in points),
-            residuals=tuple(residuals),
+            hull=hull,
+            points=tuple(map(tuple, points.tolist())),
+            residuals=tuple(residuals.tolist()),
         )
-        width = _interval_width(fitted.leave_one_out())
-        self.fitted_ = fitted.model_copy(update={"interval_width": width})
-        return self
 
-    def predict(self, workloads: Sequence[Workload]) -> list[Prediction]:
-        """Median and 90 % interval of each workload."""
-        return [self.fitted_.predict(workload) for workload in workloads]
+    def _left_out(
+        self, candidate: _Candidate, model: FittedModel, rows: _Rows
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Log errors and predictive deviations of each row without its group, ``(rows,)`` each.
+
+        The core is fitted anew for each fold; the process keeps its hyper-parameters.
+        """
+        errors, deviations = np.zeros(len(rows.groups)), np.zeros(len(rows.groups))
+        points = np.array(model.points)
+        for train, left in folds_of(rows.groups):
+            kept = rows.take(train)
+            core = _core_of(candidate.core, candidate.machine, kept)
+            fold = changed(
+                model,
+                core=core,
+                points=tuple(map(tuple, points[train].tolist())),
+                residuals=tuple(_residuals(core, kept).tolist()),
+            )
+            predicted = fold.predict_many(rows.take(left).sizes)
+            errors[left] = np.log(rows.latency_ms[left] / predicted.latency_ms)
+            deviations[left] = predicted.deviation
+        return errors, deviations
 
 
-def _hyper_parameters(
-    points: list[list[float]], residuals: list[float], seed: int
+def _core_of(name: str, machine: Machine, rows: _Rows) -> PhysicalCore:
+    return fit_core(name, machine, rows.sizes, rows.facts, rows.latency_ms)
+
+
+def _residuals(core: PhysicalCore, rows: _Rows) -> NDArray[np.float64]:
+    return np.log(rows.latency_ms / np.maximum(core.latency_ms(rows.sizes, rows.facts), 1e-12))
+
+
+def hyper_parameters(
+    points: NDArray[np.float64], residuals: NDArray[np.float64], seed: int
 ) -> tuple[list[float], float, float]:
-    """Length scales, variance and noise of the largest marginal likelihood."""
-    kernel = ConstantKernel(0.05, (1e-4, 4.0)) * Matern(
-        [4.0] * len(points[0]), (1.0, 64.0), nu=2.5
-    ) + WhiteKernel(1e-3, (1e-4, 0.1))
+    """Length scales, variance and noise of the largest marginal likelihood.
+
+    Args:
+        points: ``(rows, features)`` in octaves.
+        residuals: ``(rows,)``.
+        seed: Of the rows to search on, where there are many.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(points))[:_SEARCH_ROWS]
+    kernel = ConstantKernel(0.01, (1e-4, 4.0)) * Matern(
+        [4.0] * points.shape[1], (0.5, 64.0), nu=2.5
+    ) + WhiteKernel(1e-3, (_LEAST_NOISE, 0.1))
     regressor = GaussianProcessRegressor(
-        kernel, alpha=0.0, n_restarts_optimizer=2, random_state=seed
+        kernel, alpha=0.0, n_restarts_optimizer=1, random_state=seed
     )
     with warnings.catch_warnings():
         # A length scale at its bound says that a feature does not matter; that is a result.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        regressor.fit(np.array(points), np.array(residuals))
+        regressor.fit(points[chosen], residuals[chosen])
     found = regressor.kernel_
     scales = np.atleast_1d(found.k1.k2.length_scale)
     return (
@@ -216,12 +267,18 @@ def _hyper_parameters(
     )
 
 
-def _interval_width(errors: NDArray[np.float64]) -> float:
-    """Deviations that hold 90 % of the leave-one-out errors, and never less than theory asks.
+def interval_width(scores: NDArray[np.float64]) -> float:
+    """Deviations that hold 90 % of the left-out errors; with few rows not less than theory asks.
 
-    Source: split-conformal quantile with its correction for few rows (Vovk et al., 2005).
+    Args:
+        scores: Error of each left-out row in its own predictive deviations.
+
+    Source: split-conformal quantile with its correction for few rows (Vovk et al., 2005), of
+        scores from cross-validation (Vovk, Cross-conformal predictors, 2015).
     """
-    rows = len(errors)
+    rows = len(scores)
     rank = min(rows, math.ceil(0.9 * (rows + 1)))
-    theory = float(student_t.ppf(0.95, max(1, rows - MIN_ROWS)))
-    return max(theory, float(np.sort(np.abs(errors))[rank - 1]))
+    found = float(np.sort(np.abs(scores))[rank - 1])
+    if rows >= 20:
+        return max(found, 1e-3)
+    return max(found, float(student_t.ppf(0.95, max(1, rows - MIN_ROWS))))

@@ -1,168 +1,210 @@
-"""How well the latency models do on rows they have not seen."""
+"""How right the latency models are: on held-out kernels, on another device, and how fast.
+
+python -m cost_models.validate                        the rows behind a table that ships
+python -m cost_models.validate --store rows.sqlite
+
+kernels   errors on rows that no model has seen, beside work alone, a roofline, the nearest shape
+transfer  where the store holds several devices: each other's models with a few of their own rows
+speed     fitting, one lookup, many predictions
+"""
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from scipy.stats import spearmanr
 
-from cost_models.fit_result import LoweringFit, Point
-from cost_models.fitted_model import Prediction
-from cost_models.models import (
-    MIN_ROWS,
-    LatencyEstimator,
-    LearnedLatency,
-    NearestNeighbour,
-    Roofline,
+from cost_models.features import Sizes
+from cost_models.fit import fit
+from cost_models.fitted_model import FittedModel
+from cost_models.held_out import error_table, interval_coverage, mape
+from cost_models.latency_table import LatencyTable, TableError
+from cost_models.rivals import RIVALS
+from cost_models.shipped_rows import shipped_rows
+from cost_models.shipped_tables import shipped_tables
+from cost_models.training_rows import (
+    Groups,
+    choose_device,
+    group_rows,
+    of_primitives,
+    read_store,
+    store_name,
 )
+from cost_models.transfer import TRANSFER_ROWS, TransferredLatency, choose_rows
 from kernels.workload import Workload
+from profiler.command_line import run
 from profiler.device import DeviceInfo
+from profiler.store import Measurement
 
-TEST_SHARE = 0.25
-# From this many rows on, at least MIN_TEST_ROWS are held out.
-ROWS_FOR_A_TEST = 8
-MIN_TEST_ROWS = 2
+app = typer.Typer(add_completion=False)
 
-
-def split_position(group: str, seed: int) -> float:
-    """Where a group of rows falls between 0 and 1, by its content alone."""
-    digest = hashlib.sha256(f"{seed}|{group}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+_LEAST_TEST_ROWS = 8
+_MANY = 100_000
 
 
-def held_out(groups: Sequence[str], seed: int) -> list[bool]:
-    """Which rows are held out: those whose group falls below TEST_SHARE.
+@dataclass(frozen=True)
+class TransferError:
+    """Errors of one kernel's model on a device that it was carried over to.
 
-    A group's place depends on nothing but its key and the seed, so measuring more rows does not
-    move it; only where that holds out too few, the next groups follow, and where it leaves too few
-    to fit on, the last ones come back. Rows of one group stay together.
+    Attributes:
+        form, lowering: The kernel.
+        rows: Rows of the new device that the model had.
+        rows_test: Its other rows, which the errors are of.
+        mape: By estimator: ``transfer`` and each of RIVALS, fitted on the same rows, in percent.
+        spearman: Rank correlation of predicted and measured latency, likewise.
+        coverage: Share of test rows in the transferred model's 90 % interval, in percent.
+    """
+
+    form: str
+    lowering: str
+    rows: int
+    rows_test: int
+    mape: dict[str, float]
+    spearman: dict[str, float]
+    coverage: float
+
+
+def transfer_errors(
+    models: Sequence[FittedModel], there: Groups, device: DeviceInfo, number: int = TRANSFER_ROWS
+) -> list[TransferError]:
+    """Carries each model over to another device and tests it on the rows that it was not given.
 
     Args:
-        groups: Key of each row's group.
-        seed: Another seed, another split.
-
-    Returns:
-        One flag a row, True for a held-out row.
+        models: Of the known device.
+        there: Rows of the other one.
+        device: The other one.
+        number: Rows of it that each model may have.
     """
-    order = sorted(set(groups), key=lambda group: split_position(group, seed))
-    wanted = MIN_TEST_ROWS if len(groups) >= ROWS_FOR_A_TEST else 0
-    test: set[str] = set()
-    rows = 0
-    for group in order:
-        size = groups.count(group)
-        if split_position(group, seed) >= TEST_SHARE and rows >= wanted:
-            break
-        if len(groups) - rows - size < MIN_ROWS:
-            break
-        test.add(group)
-        rows += size
-    return [group in test for group in groups]
-
-
-def mape(predicted: Sequence[Prediction], measured_ms: Sequence[float]) -> float | None:
-    """Mean absolute percentage error, in percent; None without rows."""
-    return float(100 * _relative(predicted, measured_ms).mean()) if predicted else None
-
-
-def within_10_percent(
-    predicted: Sequence[Prediction], measured_ms: Sequence[float]
-) -> float | None:
-    """Share of rows predicted within ±10 %, in percent; None without rows."""
-    return float(100 * (_relative(predicted, measured_ms) <= 0.1).mean()) if predicted else None
-
-
-def interval_coverage(
-    predicted: Sequence[Prediction], measured_ms: Sequence[float]
-) -> float | None:
-    """Share of rows inside their 90 % interval, in percent; None without rows."""
-    inside = [p.low_ms <= latency <= p.high_ms for p, latency in zip(predicted, measured_ms)]
-    return float(100 * np.mean(inside)) if inside else None
-
-
-def _relative(predicted: Sequence[Prediction], measured_ms: Sequence[float]) -> np.ndarray:
-    latencies = np.array([prediction.latency_ms for prediction in predicted])
-    return np.abs(latencies / np.asarray(measured_ms, dtype=float) - 1)
-
-
-def validate(
-    model: LearnedLatency,
-    workloads: Sequence[Workload],
-    latency_ms: Sequence[float],
-    seed: int,
-) -> LoweringFit:
-    """Fits on the training part and reports the errors on the held-out part.
-
-    Args:
-        model: The main model, unfitted; it is fitted on the training part.
-        workloads: Measured workloads of one form and lowering, at least MIN_ROWS.
-        latency_ms: Their latencies.
-        seed: Of the split.
-    """
-    flags = held_out([workload.key for workload in workloads], seed)
-    rows = list(zip(workloads, latency_ms, flags))
-    train = [(workload, latency) for workload, latency, test in rows if not test]
-    test = [(workload, latency) for workload, latency, test in rows if test]
-    unseen, truth = [workload for workload, _ in test], [latency for _, latency in test]
-
-    def predictions(estimator: LatencyEstimator) -> list[Prediction]:
-        return estimator.fit([w for w, _ in train], [t for _, t in train]).predict(unseen)
-
-    main = predictions(model)
-    return LoweringFit(
-        form=model.form,
-        lowering=model.lowering,
-        is_baseline=model.is_baseline,
-        rows_train=len(train),
-        rows_test=len(test),
-        mape=mape(main, truth),
-        within_10_percent=within_10_percent(main, truth),
-        interval_coverage=interval_coverage(main, truth),
-        mape_roofline=mape(predictions(Roofline()), truth),
-        mape_nearest=mape(predictions(NearestNeighbour()), truth),
-        points=[
-            Point(
-                label=workload.label,
-                split="test" if is_test else "train",
-                measured_ms=latency,
-                predicted_ms=prediction.latency_ms,
-                low_ms=prediction.low_ms,
-                high_ms=prediction.high_ms,
+    found = []
+    for model in models:
+        rows = there.get((model.form, model.lowering), [])
+        if len(rows) < number + _LEAST_TEST_ROWS:
+            continue
+        workloads = [row.workload for row in rows]
+        given = choose_rows(workloads, number)
+        rest = sorted(set(range(len(rows))) - set(given))
+        known, seen = [workloads[i] for i in given], [rows[i].latency_ms for i in given]
+        unseen, truth = [workloads[i] for i in rest], [rows[i].latency_ms for i in rest]
+        main = TransferredLatency(model, device).fit(known, seen).predict_interval(unseen)
+        predicted = {"transfer": main.latency_ms}
+        predicted |= {name: r().fit(known, seen).predict(unseen) for name, r in RIVALS.items()}
+        found.append(
+            TransferError(
+                form=model.form,
+                lowering=model.lowering,
+                rows=number,
+                rows_test=len(rest),
+                mape={name: mape(values, truth) or 0.0 for name, values in predicted.items()},
+                spearman={
+                    name: float(spearmanr(values, truth).statistic)
+                    for name, values in predicted.items()
+                },
+                coverage=interval_coverage(main.low_ms, main.high_ms, truth) or 0.0,
             )
-            for (workload, latency, is_test), prediction in zip(rows, model.predict(workloads))
-        ],
-    )
+        )
+    return found
 
 
-def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
-    """The held-out errors for people, one line a form and lowering."""
+def transfer_table(errors: Sequence[TransferError], source: str, target: str) -> Table:
+    """Errors after a transfer for people, one line a kernel."""
     table = Table(
-        title=f"Held-out errors of the latency models, {escape(device.label)}",
-        caption="within: rows within ±10 %; covered: rows inside their 90 % interval; roofline and "
-        "nearest: MAPE of a fitted roofline and of the nearest measured shape; * baseline",
+        title=f"Transfer: {escape(source)} -> {escape(target)}",
+        caption=f"each with the same {TRANSFER_ROWS} rows of the new device: MAPE, and Spearman's "
+        "rank correlation",
         box=SIMPLE,
         padding=0,
     )
-    table.add_column("form", no_wrap=True)
-    table.add_column("lowering", no_wrap=True)
-    for heading in ("train", "test", "MAPE", "within", "covered", "roofline", "nearest"):
+    for heading in ("form", "lowering"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("test", "transfer", "covered", *RIVALS):
         table.add_column(heading, justify="right", no_wrap=True)
-    for fit in fits:
-        figures = (
-            fit.mape,
-            fit.within_10_percent,
-            fit.interval_coverage,
-            fit.mape_roofline,
-            fit.mape_nearest,
-        )
+    for error in errors:
+        both = {name: f"{error.mape[name]:.1f}% {error.spearman[name]:.3f}" for name in error.mape}
         table.add_row(
-            escape(fit.form),
-            escape(fit.lowering) + ("*" if fit.is_baseline else ""),
-            str(fit.rows_train),
-            str(fit.rows_test),
-            *("-" if figure is None else f"{figure:.1f}%" for figure in figures),
+            escape(error.form),
+            escape(error.lowering),
+            str(error.rows_test),
+            both["transfer"],
+            f"{error.coverage:.0f}%",
+            *(both[name] for name in RIVALS),
         )
     return table
+
+
+def speed_lines(table: LatencyTable, rows: int, fit_s: float) -> list[str]:
+    """How long fitting took, and what a lookup and many predictions take here."""
+    model = max(table.models, key=lambda one: len(one.points))
+    generator = np.random.default_rng(0)
+    octaves = generator.uniform([0, 0, 4, 4], [0, 16, 12, 12], (_MANY, 4))
+    start = time.perf_counter()
+    model.predict_many(Sizes(*(2.0**octaves).round().T))
+    many_s = time.perf_counter() - start
+    known = next(e.workload for e in table.entries if e.workload.form == model.form)
+    shapes = [known.with_sizes(m=1000 + i) for i in range(200)]
+    first_us = _each_us(table, shapes, model.lowering)
+    again_us = _each_us(table, shapes, model.lowering)
+    return [
+        f"fitting {rows} rows: {fit_s:.1f} s ({2000 * fit_s / max(1, rows):.0f} s for 2,000)",
+        f"lookup: {first_us:.1f} µs for a shape that was never asked for, {again_us:.1f} µs again",
+        f"{_MANY} predictions of {model.form} {model.lowering} ({len(model.points)} training rows)"
+        f": {many_s:.2f} s",
+    ]
+
+
+def _each_us(table: LatencyTable, shapes: Sequence[Workload], lowering: str) -> float:
+    start = time.perf_counter()
+    for workload in shapes:
+        table.lookup(workload, lowering)
+    return 1e6 * (time.perf_counter() - start) / len(shapes)
+
+
+def _others(measurements: Sequence[Measurement], known: DeviceInfo) -> list[DeviceInfo]:
+    devices = {row.device.fingerprint: row.device for row in measurements}
+    return [info for key, info in sorted(devices.items()) if key != known.fingerprint]
+
+
+@app.command(help=__doc__)
+def main(
+    store: Annotated[
+        str | None, typer.Option(help="Measurements: an SQLite file or a SQLAlchemy URL.")
+    ] = None,
+    shipped: Annotated[
+        str, typer.Option(help="Without --store: name of a table that ships.")
+    ] = shipped_tables()[0],
+    device: Annotated[
+        str | None,
+        typer.Option(help="Fingerprint of the device to model; others are transferred to."),
+    ] = None,
+) -> None:
+    """Reads top to bottom as the three questions."""
+    console = Console()
+    name = shipped if store is None else store_name(store)
+    hot = of_primitives(shipped_rows(shipped) if store is None else read_store(store))
+    known = choose_device(hot, name, device)
+    start = time.perf_counter()
+    table, result = fit(hot, name, known.fingerprint)
+    fit_s = time.perf_counter() - start
+    console.print(error_table(result.fits, result.device))
+    for other in _others(hot, known):
+        there, _ = group_rows(r for r in hot if r.device.fingerprint == other.fingerprint)
+        errors = transfer_errors(table.models, there, other)
+        if errors:
+            console.print(transfer_table(errors, known.label, other.label))
+        else:
+            console.print(f"no transfer to {other.label}: too few rows", markup=False)
+    rows = sum(found.rows_train + found.rows_test for found in result.fits)
+    for line in speed_lines(table, rows, fit_s) if table.models else ():
+        console.print(line, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run(app, (TableError,))

@@ -1,0 +1,189 @@
+"""How well the latency models do on rows they have not seen: the split, the errors, the tables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from cost_models.features import shape_group
+from cost_models.fit_result import LoweringFit, Point
+from cost_models.fitted_model import Predictions
+from cost_models.models import MIN_ROWS, LearnedLatency
+from cost_models.rivals import RIVALS
+from cost_models.training_rows import Row
+from kernels.workload import Workload
+from profiler.device import DeviceInfo
+
+TEST_SHARE = 0.25
+# From this many rows on, at least MIN_TEST_ROWS are held out.
+ROWS_FOR_A_TEST = 8
+MIN_TEST_ROWS = 2
+# With fewer widths than this, rows are held out one by one.
+LEAST_GROUPS = 3
+
+
+def split_position(group: str) -> float:
+    """Where a group of rows falls between 0 and 1, by its name alone and for good."""
+    digest = hashlib.sha256(f"0|{group}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def is_locked(workload: Workload) -> bool:
+    """Whether a workload is of the test part: no model ever learns from it."""
+    return split_position(shape_group(workload)) < TEST_SHARE
+
+
+def held_out(groups: Sequence[str]) -> list[bool]:
+    """Which rows are held out: those whose group falls below TEST_SHARE.
+
+    A group's place depends on nothing but its name, so measuring more rows does not move it; only
+    where that holds out too few, the next groups follow, and where it leaves too few to fit on, the
+    last ones come back. Rows of one group stay together.
+
+    Args:
+        groups: Name of each row's group.
+
+    Returns:
+        One flag a row, True for a held-out row.
+    """
+    order = sorted(set(groups), key=split_position)
+    wanted = MIN_TEST_ROWS if len(groups) >= ROWS_FOR_A_TEST else 0
+    test: set[str] = set()
+    rows = 0
+    for group in order:
+        size = groups.count(group)
+        if split_position(group) >= TEST_SHARE and rows >= wanted:
+            break
+        if len(groups) - rows - size < MIN_ROWS:
+            break
+        test.add(group)
+        rows += size
+    return [group in test for group in groups]
+
+
+def split_keys(workloads: Sequence[Workload]) -> list[str]:
+    """What each row is held out by: its widths, or itself where there are too few widths."""
+    groups = [shape_group(workload) for workload in workloads]
+    return groups if len(set(groups)) >= LEAST_GROUPS else [w.key for w in workloads]
+
+
+def mape(predicted_ms: ArrayLike, measured_ms: ArrayLike) -> float | None:
+    """Mean absolute percentage error, in percent; None without rows."""
+    errors = _relative(predicted_ms, measured_ms)
+    return float(100 * errors.mean()) if len(errors) else None
+
+
+def within_10_percent(predicted_ms: ArrayLike, measured_ms: ArrayLike) -> float | None:
+    """Share of rows predicted within ±10 %, in percent; None without rows."""
+    errors = _relative(predicted_ms, measured_ms)
+    return float(100 * (errors <= 0.1).mean()) if len(errors) else None
+
+
+def interval_coverage(
+    low_ms: ArrayLike, high_ms: ArrayLike, measured_ms: ArrayLike
+) -> float | None:
+    """Share of rows inside their 90 % interval, in percent; None without rows."""
+    measured = np.asarray(measured_ms, dtype=float)
+    inside = (np.asarray(low_ms) <= measured) & (measured <= np.asarray(high_ms))
+    return float(100 * inside.mean()) if len(measured) else None
+
+
+def _relative(predicted_ms: ArrayLike, measured_ms: ArrayLike) -> NDArray[np.float64]:
+    return np.abs(np.asarray(predicted_ms, dtype=float) / np.asarray(measured_ms, dtype=float) - 1)
+
+
+def noise_floor(rows: Sequence[Row]) -> float | None:
+    """Median noise floor of the rows' sweeps, in percent; None where none was measured."""
+    found = [floor for row in rows if (floor := row.measurement.noise_floor) is not None]
+    return float(100 * np.median(found)) if found else None
+
+
+def validate(model: LearnedLatency, rows: Sequence[Row]) -> LoweringFit:
+    """Fits on the training part and reports the errors on the held-out part.
+
+    Args:
+        model: The main model, unfitted; it is fitted on the training part.
+        rows: Of one form and lowering, at least MIN_ROWS.
+    """
+    flags = held_out(split_keys([row.workload for row in rows]))
+    train = [row for row, test in zip(rows, flags) if not test]
+    test = [row for row, test in zip(rows, flags) if test]
+    known, seen = [row.workload for row in train], [row.latency_ms for row in train]
+    unseen, truth = [row.workload for row in test], [row.latency_ms for row in test]
+    model.fit(known, seen)
+    main = model.predict_interval(unseen)
+    rivals = {
+        f"mape_{name}": mape(rival().fit(known, seen).predict(unseen), truth) if test else None
+        for name, rival in RIVALS.items()
+    }
+    return LoweringFit(
+        form=model.form,
+        lowering=model.lowering,
+        is_baseline=model.is_baseline,
+        rows_train=len(train),
+        rows_test=len(test),
+        mape=mape(main.latency_ms, truth),
+        within_10_percent=within_10_percent(main.latency_ms, truth),
+        interval_coverage=interval_coverage(main.low_ms, main.high_ms, truth),
+        noise_floor=noise_floor(rows),
+        points=_points(rows, flags, model.predict_interval([row.workload for row in rows])),
+        **rivals,
+    )
+
+
+def _points(rows: Sequence[Row], flags: Sequence[bool], predicted: Predictions) -> list[Point]:
+    return [
+        Point(
+            label=row.workload.label,
+            split="test" if is_test else "train",
+            measured_ms=row.latency_ms,
+            predicted_ms=float(latency),
+            low_ms=float(low),
+            high_ms=float(high),
+        )
+        for row, is_test, latency, low, high in zip(
+            rows, flags, predicted.latency_ms, predicted.low_ms, predicted.high_ms
+        )
+    ]
+
+
+def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
+    """The held-out errors for people, one line a form and lowering."""
+    table = Table(
+        title=f"Held-out errors of the latency models, {escape(device.label)}",
+        caption="within: ±10 %; covered: inside their 90 % interval; of noise: MAPE "
+        "in noise floors of the sweep; then the MAPE of latency in proportion to the work, of a "
+        "fitted roofline and of the nearest measured shape; * baseline",
+        box=SIMPLE,
+        padding=0,
+    )
+    table.add_column("form", no_wrap=True)
+    table.add_column("lowering", no_wrap=True)
+    for heading in ("train", "test", "MAPE", "within", "covered", "of noise", *RIVALS):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for fit in fits:
+        main = (fit.mape, fit.within_10_percent, fit.interval_coverage)
+        rivals = (fit.mape_flops, fit.mape_roofline, fit.mape_nearest)
+        of_noise = "-"
+        if fit.mape is not None and fit.noise_floor:
+            of_noise = f"{fit.mape / fit.noise_floor:.1f}×"
+        table.add_row(
+            escape(fit.form),
+            escape(fit.lowering) + ("*" if fit.is_baseline else ""),
+            str(fit.rows_train),
+            str(fit.rows_test),
+            *map(_percent, main),
+            of_noise,
+            *map(_percent, rivals),
+        )
+    return table
+
+
+def _percent(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.1f}%"

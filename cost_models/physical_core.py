@@ -1,0 +1,259 @@
+"""What a launch spends its time on, counted: the part of a latency model that is not learned.
+
+A core is a list of terms, each a count that costs some fixed time a piece: row tiles, bytes from a
+level of the caches, launches. Times are fitted and never negative, so that a prediction cannot fall
+where every count rises. All is plain arithmetic on numbers or arrays (``features.Sizes``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cost_models.features import (
+    FormFacts,
+    Numbers,
+    Sizes,
+    parallel_units,
+    traffic_bytes,
+    weight_bytes,
+)
+from profiler.device import DeviceInfo
+
+# Of x86 and Arm cores of today, where a device says nothing.
+L1_BYTES = 32 * 2**10
+L2_BYTES = 2**20
+LAST_LEVEL_BYTES = 32 * 2**20
+
+# Of our CPU schedules: output channels of a panel, and lanes of a vector.
+_PANEL = 32
+_LANES = 16
+# Above this many bytes of weights a panel is kept hot and the rows are streamed past it; as many
+# bytes of rows are prepared at a time.
+_STREAM_BYTES = 512 * 2**10
+# Of the add kernels: tokens from which on a group has six bits instead of four, tokens of a chunk.
+_LONG_TOKENS = 512
+_CHUNK_TOKENS = 1024
+_MOST_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of a device the counts depend on.
+
+    Attributes:
+        units: Threads or multiprocessors that share the tiles.
+        tile_rows, tile_columns: Output that one of them computes at a time.
+        l2_bytes, l3_bytes: Where the second and the last level of the caches end.
+    """
+
+    units: int = 1
+    tile_rows: int = 1
+    tile_columns: int = 1
+    l2_bytes: int = L2_BYTES
+    l3_bytes: int = LAST_LEVEL_BYTES
+
+
+Terms = dict[str, Numbers]
+
+
+def panel_rows(device: DeviceInfo) -> int:
+    """Rows of a tile of our linear kernels on a CPU: half of what its vector registers hold.
+
+    Source: ``kernels.lowerings.panel_gemm.default_schedule``.
+    """
+    flags = device.isa.split()
+    registers, lanes = (32, 16) if "avx512f" in flags else (16, 8)
+    if "asimd" in flags:
+        registers, lanes = 32, 4
+    a_row = _PANEL // lanes
+    largest = max(1, (registers - a_row - 2) // a_row)
+    return max(largest // 2, min(largest, 4))
+
+
+def machines(core: str, device: DeviceInfo) -> tuple[Machine, ...]:
+    """Machines to choose from by cross-validation for a core on a device."""
+    units = parallel_units(device)
+    last_level = device.last_level_cache_bytes or LAST_LEVEL_BYTES
+    # A virtual machine shares the last level with others and sees but a part of it.
+    levels = (last_level, last_level // 4)
+    if core == "panels":
+        rows = panel_rows(device)
+        return tuple(Machine(units, rows, _PANEL, l3_bytes=level) for level in levels)
+    if core in ("groups", "chunks"):
+        return tuple(Machine(units, l3_bytes=level) for level in levels)
+    return tuple(
+        Machine(shared, *tile, l3_bytes=last_level)
+        for tile in _TILES
+        for shared in sorted({1, units})
+    )
+
+
+# Output tiles to choose from, (rows, columns): none, our schedules', the rival libraries'.
+_TILES = ((1, 1), (16, 32), (32, 32), (64, 64), (128, 64), (128, 128))
+
+
+def _ceil(value: Numbers, step: int) -> Numbers:
+    return -(-value // step)
+
+
+def _least(value: Numbers, other: Numbers) -> Numbers:
+    """The smaller of two, for numbers and arrays alike."""
+    return (value + other - abs(value - other)) / 2
+
+
+def _most(value: Numbers, other: Numbers) -> Numbers:
+    return (value + other + abs(value - other)) / 2
+
+
+def _beyond(held: Numbers, level: float) -> Numbers:
+    """Share of accesses to ``held`` bytes that miss a cache of ``level`` bytes, 0 to 1.
+
+    Nothing misses below half of the level: a cost must not be fitted on traces of a share.
+    """
+    above = _most(held / level - 0.5, 0.0)
+    return _least(above / 1.5, 1.0)
+
+
+def _busiest(tasks: Numbers, units: int) -> Numbers:
+    """Share of all work that the unit with the most tasks does, others waiting for it."""
+    return _ceil(tasks, units) / tasks
+
+
+def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Our linears: tiles of rows × one panel of 32 channels, accumulated over the whole of k.
+
+    Source: ``kernels.lowerings.panel_gemm``.
+    """
+    _, m, k, n = sizes
+    rows, units = machine.tile_rows, machine.units
+    panels = _ceil(n, _PANEL)
+    # Where no channel of a panel's second vector exists, the compiler leaves it out.
+    vectors = panels * (1 - 0.5 * (n <= _LANES))
+    steps = vectors * _ceil(k, round(4 / facts.x_dtype_bytes))
+    tiles = _ceil(m, rows)
+    share = _busiest(tiles * panels, units)
+    full, rest = m // rows, m % rows
+    terms: Terms = {"launch": 1.0 + 0 * m, "row_steps": full * rows * steps * share}
+    cuts = full
+    block = 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
+    while block:
+        present = (rest // block) % 2
+        terms[f"steps_of_{block}"] = present * steps * share
+        cuts = cuts + present
+        block //= 2
+    weights = weight_bytes(sizes, facts)
+    panel = weights / panels
+    outer = (weights > _STREAM_BYTES) * 1.0
+    prepared = m * k * facts.x_dtype_bytes
+    held = _least(prepared, _STREAM_BYTES) if facts.prepares else prepared
+    blocks = prepared / held
+    # Kept hot or streamed past: a panel by the tiles of its rows, all weights by each row tile.
+    again = tiles * weights * share
+    reused = outer * panel + (1 - outer) * weights
+    terms |= {
+        "tiles": cuts * panels * share,
+        "row_panels": m * vectors * share,
+        "weights_l2": again * _beyond(reused, L1_BYTES),
+        "weights_l3": (outer * blocks + (1 - outer)) * weights * _beyond(weights, machine.l2_bytes),
+        "weights_memory": blocks * weights * _beyond(weights, machine.l3_bytes),
+        "rows_l2": outer * prepared * panels * share * _beyond(held, L1_BYTES),
+        "rows_l3": outer * prepared * panels * share * _beyond(held, machine.l2_bytes),
+        "rows_memory": outer * prepared * panels * share * _beyond(held, machine.l3_bytes),
+    }
+    if facts.prepares:
+        terms |= {"prepared": m * k * _busiest(m, units), "prepared_rows": m * _busiest(m, units)}
+    return terms | _streamed(sizes, facts, machine)
+
+
+def _streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Operands and result, each touched once: from where all of them together fit."""
+    b, m, k, n = sizes
+    total = traffic_bytes(sizes, facts)
+    x, out = b * m * k * facts.x_bytes, b * m * n * facts.out_bytes
+    return {
+        "x_l3": x * _beyond(total, machine.l2_bytes),
+        "x_memory": x * _beyond(total, machine.l3_bytes),
+        "out_l3": out * _beyond(total, machine.l2_bytes),
+        "out_memory": out * _beyond(total, machine.l3_bytes),
+    }
+
+
+def _groups(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Our add kernels, a task a head: additions of rows by groups of code bits.
+
+    Source: ``kernels.lowerings.add``.
+    """
+    return _grouped(sizes, facts, machine, 1.0)
+
+
+def _chunks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Our add kernels with each sequence cut into chunks, each with buckets and tables its own."""
+    tokens = sizes.k if facts.kind == "kv" else sizes.m
+    wanted = _ceil(tokens, _CHUNK_TOKENS)
+    even = wanted + wanted % 2
+    return _grouped(sizes, facts, machine, _least(even, _MOST_CHUNKS))
+
+
+def _grouped(sizes: Sizes, facts: FormFacts, machine: Machine, chunks: Numbers) -> Terms:
+    b, m, k, n = sizes
+    tokens, bits = (k, m) if facts.kind == "kv" else (m, k)
+    groups = _ceil(bits, 4 + 2 * (tokens >= _LONG_TOKENS))
+    rows = groups * 2.0 ** (bits / groups)
+    vectors = _ceil(n, _LANES)
+    share = _busiest(b * chunks, machine.units)
+    held = rows * n * 4
+    additions = b * tokens * groups * vectors * share
+    buckets = b * chunks * rows * vectors * share
+    return {
+        "launch": 1.0 + 0 * b,
+        "heads": b * chunks * share,
+        "tokens": b * tokens * share,
+        "codes": b * tokens * _ceil(bits, _LANES) * share,
+        "additions": additions,
+        "additions_l2": additions * _beyond(held, L1_BYTES),
+        "buckets": buckets,
+        "buckets_l2": buckets * _beyond(held, L1_BYTES),
+        "chunk_sums": b * (chunks - 1) * bits * vectors,
+    } | _values_streamed(sizes, facts, machine)
+
+
+def _values_streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    total = traffic_bytes(sizes, facts)
+    return {
+        "bytes_l3": total * _beyond(total, machine.l2_bytes),
+        "bytes_memory": total * _beyond(total, machine.l3_bytes),
+    }
+
+
+def _tiles(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Any other kernel: tiles of the output, the last ones overhanging, in waves over the units.
+
+    Source: NVIDIA, Matrix Multiplication Background User's Guide, tile and wave quantisation.
+    """
+    b, m, k, n = sizes
+    rows, columns = _ceil(m, machine.tile_rows), _ceil(n, machine.tile_columns)
+    waves = _ceil(b * rows * columns, machine.units)
+    area = machine.tile_rows * machine.tile_columns * facts.products
+    return {
+        "launch": 1.0 + 0 * m,
+        "macs": waves * area * k,
+        "waves": waves,
+        "outputs": b * m * n,
+        "bytes": traffic_bytes(sizes, facts),
+    } | _values_streamed(sizes, facts, machine)
+
+
+CORES: dict[str, Callable[[Sizes, FormFacts, Machine], Terms]] = {
+    "panels": _panels,
+    "groups": _groups,
+    "chunks": _chunks,
+    "tiles": _tiles,
+}
+
+
+def cores_for(facts: FormFacts, is_baseline: bool, device: DeviceInfo) -> tuple[str, ...]:
+    """Cores that may describe a kernel: our own schedules', and the one that fits any."""
+    if is_baseline or device.kind != "cpu":
+        return ("tiles",)
+    return ("panels", "tiles") if facts.kind == "linear" else ("groups", "chunks", "tiles")
