@@ -11,6 +11,7 @@ import csv as csv_format
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,8 +83,20 @@ def schema() -> dict[str, Any]:
         "properties": {name: model["properties"][name] for name in described},
         "required": list(described),
     }
-    kept = {name: definitions[name] for name in ("DeviceInfo", "Entry") if name in definitions}
-    return found | {"$defs": kept | {"FittedModel": open_model}}
+    definitions["FittedModel"] = open_model
+    return found | {"$defs": {name: definitions[name] for name in _named_in(found, definitions)}}
+
+
+def _named_in(node: Any, definitions: dict[str, Any]) -> list[str]:
+    """Definitions that a part of a schema refers to, directly or through others, in order."""
+    found: dict[str, None] = {}
+    todo = [{key: value for key, value in node.items() if key != "$defs"}]
+    while todo:
+        for name in re.findall(r'"#/\$defs/(\w+)"', json.dumps(todo.pop())):
+            if name not in found:
+                found[name] = None
+                todo.append(definitions[name])
+    return sorted(found)
 
 
 @app.command()

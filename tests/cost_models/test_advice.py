@@ -245,13 +245,30 @@ def test_a_verdict_never_rests_on_intervals_that_meet(old_ms, new_ms, old_wide, 
     assert {there, back} in ({"unknown"}, {"pays", "does not pay"})
 
 
-def test_the_minimum_of_several_baselines_has_the_interval_of_a_minimum(table):
+def test_a_missing_form_of_baseline_leaves_only_an_upper_bound(table):
     model = CostModel(table)
     dense = linear("mult_fp32", 49, 64, 512)
     strongest = model.strongest_baseline((dense,))
-    # Only fp32 was measured: a bound and a reason, not a figure.
+    # Only fp32 was measured: the others may be anything from nothing to as fast as that.
     assert strongest.latency_ms is None and "mult_bf16" in strongest.reason
-    assert 0 < strongest.low_ms <= table.lookup(dense, "torch.fp32").low_ms
+    assert strongest.low_ms == 0
+    assert strongest.high_ms == table.lookup(dense, "torch.fp32").high_ms
+
+
+def test_of_several_baselines_either_end_may_be_anothers(measure):
+    rows = rows_of((1.0, 1.0, 1.0), 0.5, 0.5)
+    # The same median, one sure and one unsure.
+    unsure = linear("mult_bf16", *SIZES)
+    found = [
+        measure(w, ms, name, is_baseline=name.startswith("torch"))
+        for w, name, ms in rows
+        if w != unsure
+    ]
+    wide = {"latency_low_ms": 0.5, "latency_high_ms": 1.5}
+    found.append(measure(unsure, 1.0, "torch.bf16", is_baseline=True, **wide))
+    model = CostModel(fit(found, "store")[0])
+    strongest = model.strongest_baseline((linear("mult_fp32", *SIZES),))
+    assert (strongest.low_ms, strongest.high_ms) == (0.5, pytest.approx(1.01))
 
 
 def test_advice_round_trips_and_a_damaged_one_is_one_line(measure, tmp_path):

@@ -1,8 +1,6 @@
 """The command; the decisions themselves are tested in test_advice.py."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +8,7 @@ from typer.testing import CliRunner
 from cost_models import advise as command
 from cost_models.advice_result import Advice
 from cost_models.fit import fit
+from cost_models.latency_table import TableError
 from kernels.workload import linear
 
 MODEL = "deit_tiny_patch16_224"
@@ -81,14 +80,11 @@ def test_without_a_table_it_says_which_sweep_to_run_and_how_long(monkeypatch):
 
 
 def test_a_table_that_is_not_there_is_one_line_that_says_how_to_make_it():
-    done = subprocess.run(
-        [sys.executable, "-m", "cost_models.advise", "--model", MODEL, "--table", "nosuch"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "nosuch" in done.stderr and f"profiler.sweep --model {MODEL}" in done.stderr
+    said = run("--table", "nosuch")
+    assert isinstance(said.exception, TableError) and said.output == ""
+    text = str(said.exception)
+    assert text.startswith("nosuch: ") and "\n" not in text
+    assert f"profiler.sweep --model {MODEL}" in text and "minutes" in text
 
 
 def test_bad_options_are_refused(table_path):
