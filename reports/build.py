@@ -12,7 +12,9 @@ from rich.console import Console
 from profiler.command_line import BadInput, output_folder
 from profiler.command_line import run as run_command
 from reports import (
+    ablation_section,
     accuracy_section,
+    advice_section,
     energy_section,
     growth_section,
     kernel_sections,
@@ -39,7 +41,7 @@ def compose(run: RunFolder, others: Sequence[RunFolder] = ()) -> Page:
         others: Set beside it, in a part of their own.
     """
     parts = (
-        Part("Where does it pay?", (where_section.where(run),)),
+        Part("Where does it pay?", (where_section.where(run), advice_section.advice(run))),
         Part(
             "By how much?",
             (kernel_sections.kernels(run), layer_section.layers(run), growth_section.growth(run)),
@@ -48,6 +50,7 @@ def compose(run: RunFolder, others: Sequence[RunFolder] = ()) -> Page:
             "At what accuracy?",
             (
                 accuracy_section.accuracy(run),
+                ablation_section.ablation(run),
                 energy_section.energy(run),
                 model_sections.weights(run),
                 model_sections.routing(run),
@@ -121,9 +124,9 @@ def main(
 ) -> None:
     """Writes one self-contained page: does it pay on this device, where, by how much, how sure.
 
-    Reads what there is of measurements.sqlite, latency_table.json, fit.json and results.json, and
-    says which command makes what is missing. Nothing is loaded from the network: the page can be
-    sent, archived and printed.
+    Reads what there is of measurements.sqlite, latency_table.json, fit.json, results.json,
+    ablation.json and advice.json, and says which command makes what is missing. Nothing is loaded
+    from the network: the page can be sent, archived and printed.
 
     Several runs: `--run runs/a --run runs/b` sets their key figures side by side and says, row by
     row, what is faster or slower (see `python -m profiler.compare`).

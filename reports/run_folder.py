@@ -11,17 +11,21 @@ from typing import TypeVar
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
+from cost_models.advice_result import Advice
 from cost_models.fit_result import FitResult
 from cost_models.latency_table import LatencyTable
 from profiler.command_line import BadInput, explain
 from profiler.device import DeviceInfo
 from profiler.store import Measurement, open_store
+from reparam.ablation_results import AblationResults
 from reparam.results import FinetuneResults
 
-SWEEP, FIT, FINETUNE = (
+SWEEP, FIT, FINETUNE, ABLATE, ADVISE = (
     "python -m profiler.sweep",
     "python -m cost_models.fit",
     "python -m reparam.finetune",
+    "python -m reparam.ablate",
+    "python -m cost_models.advise",
 )
 
 Content = TypeVar("Content")
@@ -36,6 +40,8 @@ class RunFolder:
         fit: How well the latency models do.
         results: What fine-tuning found.
         table: The latency table.
+        ablation: What each replacement does, over several seeds; a run is whole without it.
+        advice: What to convert, said without training; a run is whole without it.
     """
 
     path: Path
@@ -43,6 +49,8 @@ class RunFolder:
     fit: FitResult | None
     results: FinetuneResults | None
     table: LatencyTable | None
+    ablation: AblationResults | None = None
+    advice: Advice | None = None
 
     @property
     def commands(self) -> dict[str, str]:
@@ -132,7 +140,9 @@ def load_run(path: Path) -> RunFolder:
         fit=_read(path / "fit.json", FitResult.load),
         results=_read(path / "results.json", FinetuneResults.load),
         table=_read(path / "latency_table.json", LatencyTable.load),
+        ablation=_read(path / "ablation.json", AblationResults.load),
+        advice=_read(path / "advice.json", Advice.load),
     )
-    if len(run.missing) == len(run.commands):
+    if len(run.missing) == len(run.commands) and not (run.ablation or run.advice):
         raise BadInput(f"--run {path}: holds none of {', '.join(run.commands)}")
     return run

@@ -21,7 +21,7 @@ from reports.verdict import main_setting, short_label
 
 # A map names its products; with more of them it would be a list, not a picture.
 MAX_PRODUCTS_DRAWN = 24
-OWN_MULT = "shift_int8 ÷ own mult"
+OWN_MULT, ADD = "shift_int8 ÷ own mult", "add, attention"
 
 _GRID_TOKENS = np.geomspace(16, 4096, 9)
 _GRID_WIDTHS = np.geomspace(32, 1024, 6)
@@ -55,7 +55,11 @@ def _heat_map(group: Sequence[Comparison]) -> Picture | None:
     ratios = ratios[ratios["product"].isin(products)].rename(
         columns={"form": "column", "lowering": "ours", "baseline": "against"}
     )
-    names = [form for form in FORMS if form in set(ratios.column)]
+    # One column serves all attention products: the form is in the product's name.
+    ratios["column"] = [
+        ADD if FORMS.get(form, {}).get("primitive") == "add" else form for form in ratios["column"]
+    ]
+    names = [form for form in FORMS if form in set(ratios["column"])]
     own = pd.DataFrame(
         [
             {
@@ -76,7 +80,7 @@ def _heat_map(group: Sequence[Comparison]) -> Picture | None:
     if not cells:
         return None
     frame = pd.concat(cells)
-    frame["column"] = pd.Categorical(frame["column"], [*names, OWN_MULT])
+    frame["column"] = pd.Categorical(frame["column"], [*names, OWN_MULT, ADD])
     frame = frame.sort_values("column", kind="stable").astype({"column": str})
     shown = "" if len(group) <= len(products) else f" The {len(products)} largest products."
     return Picture(
@@ -89,7 +93,7 @@ def _heat_map(group: Sequence[Comparison]) -> Picture | None:
             for column, part in frame.groupby("column", sort=False)
         ),
         "Speed of our best lowering of each form over the fastest baseline that ran on the same "
-        f"product; the last column is over our own int8 multiplication instead.{shown} A product "
+        f"product; “{OWN_MULT}” is over our own int8 multiplication.{shown} A product "
         "is batch × tokens × inputs × outputs. Intervals are in the table.",
     )
 

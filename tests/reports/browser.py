@@ -41,6 +41,9 @@ class Tab:
         self.requests: list[str] = []
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        # The clipboard is for the tab in front.
+        self.call("Page.bringToFront")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol and its result."""
@@ -87,7 +90,7 @@ class Tab:
         self._loaded = False
         start = time.monotonic()
         self.call("Page.navigate", url=path.as_uri())
-        while not (self._loaded and self.evaluate("document.documentElement.dataset.ready")):
+        while not (self.evaluate("document.documentElement?.dataset.ready") and self._loaded):
             time.sleep(0.01)
             assert time.monotonic() - start < 60, "the page does not load"
         return time.monotonic() - start
