@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("profiler.tune", "search the kernels' schedules for this machine"),
     "compare": ("profiler.compare", "two sweeps: what became faster or slower"),
     "export": ("profiler.export", "measurements as Parquet or CSV"),
-    "energy": ("profiler.energy", "record and examine this machine's energy meter"),
+    "energy": ("profiler.energy_recorder", "record and examine this machine's energy meter"),
     "fit": ("cost_models.fit", "measurements -> latency models -> latency table"),
     "suggest": ("cost_models.suggest", "what to measure next, where the models are least sure"),
     "validate": ("cost_models.validate", "how well the latency models predict"),

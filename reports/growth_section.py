@@ -13,7 +13,7 @@ from profiler.store import Measurement
 from reports import map_plots
 from reports.comparisons import form_of, latency
 from reports.formats import Cell, count_cell, ends, significant
-from reports.html import MAX_ROWS, Picture, Section, Table
+from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import SWEEP, RunFolder
 
 FEWEST_LENGTHS = 3
@@ -87,7 +87,7 @@ def growth(run: RunFolder) -> Section:
         "growth",
         "Latency over sequence length",
         map_plots.growth,
-        frame[frame.series.isin(drawn)].head(MAX_ROWS),
+        frame[frame.series.isin(drawn)].head(MAX_MARKS),
         alt,
         "Logarithmic on both axes: a straight line is a power of the number of tokens, its slope "
         f"the exponent.{part}",

@@ -17,6 +17,8 @@ from reports.plots import NARROW_PX, WIDE_PX, Draw, to_svg
 TEMPLATES = Path(__file__).parent / "templates"
 # Longer tables would make the page heavy; the rest is in the file that the table is made from.
 MAX_ROWS = 500
+# Each mark of a picture is drawn twice and has a row in the table behind.
+MAX_MARKS = 300
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from reports.formats import (
     significant,
     times_cell,
 )
-from reports.html import MAX_ROWS, Picture, Section, Table
+from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import SWEEP, RunFolder
 from reports.verdict import short_label
 
@@ -115,7 +115,7 @@ def _pictures(group: Sequence[Comparison], setting: str, index: int) -> list[Pic
             f"sizes-{index}",
             f"Speed-up over the size of the product, {setting}",
             kernel_plots.speedups_by_size,
-            frame.head(MAX_ROWS),
+            frame.head(MAX_MARKS),
             f"The same ratios over the size of the product, one panel a form, {setting}. {alt}.",
             f"{setting}. The same ratios over the size of the product: one mark a product. "
             "Undecided: the interval spans 1×, or a faster result while a baseline failed.",

@@ -17,7 +17,7 @@ from reports.formats import (
     number_cell,
     percent_cell,
 )
-from reports.html import MAX_ROWS, Picture, Section, Table
+from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import RunFolder
 
 LAYERS = "python -m reparam.evaluate --predicted-versus-measured"
@@ -80,7 +80,7 @@ def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | N
                 "weight_bytes": row.weight_bytes,
                 "peak_memory_bytes": row.peak_memory_bytes,
             }
-            for row in kept[:MAX_ROWS]
+            for row in kept[:MAX_MARKS]
         ]
     ).astype({"measured_ms": float, "predicted_ms": float})
     if frame[["measured_ms", "predicted_ms"]].isna().all(axis=None):

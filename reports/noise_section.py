@@ -10,7 +10,7 @@ import pandas as pd
 from profiler.store import Measurement
 from reports import map_plots
 from reports.formats import Cell, count_cell, missing, percent, percent_cell
-from reports.html import MAX_ROWS, Picture, Section, Table
+from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import SWEEP, RunFolder
 
 
@@ -44,14 +44,14 @@ def noise(run: RunFolder) -> Section:
     ]
     pictures: tuple[Picture, ...] = ()
     if len(frame):
-        exact = float(100 * (frame.half_width_percent <= 2).mean())
+        exact = float(100 * (frame.half_width_percent.round(6) <= 2).mean())
         lead.append(f"{percent(exact)} of the latencies are known to ±2 % or better.")
         pictures = (
             Picture(
                 "precision",
                 "How exact each latency is",
                 map_plots.precision,
-                frame.iloc[:: math.ceil(len(frame) / MAX_ROWS)],
+                frame.iloc[:: math.ceil(len(frame) / MAX_MARKS)],
                 f"Half-widths of {len(frame)} intervals, median "
                 f"{percent(float(frame.half_width_percent.median()))}.",
                 "Half the 95 % interval of the median latency, relative to it.",

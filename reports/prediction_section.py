@@ -17,7 +17,7 @@ from reports.formats import (
     percent_cell,
     significant,
 )
-from reports.html import MAX_ROWS, Picture, Section, Table
+from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import FINETUNE, FIT, RunFolder
 from reports.verdict import held_out_mape
 
@@ -83,10 +83,10 @@ def _drawn(points: pd.DataFrame) -> pd.DataFrame:
     """The held-out rows first, then as many others as the page holds, evenly picked."""
     ordered = points.sort_values("split", kind="stable").reset_index(drop=True)
     held_out = int((ordered.split == "test").sum())
-    room = max(0, MAX_ROWS - held_out)
+    room = max(0, MAX_MARKS - held_out)
     rest = ordered.index[held_out:]
     step = max(1, math.ceil(len(rest) / room)) if room else len(rest) + 1
-    return ordered.loc[[*ordered.index[:held_out][:MAX_ROWS], *(rest[::step] if room else [])]]
+    return ordered.loc[[*ordered.index[:held_out][:MAX_MARKS], *(rest[::step] if room else [])]]
 
 
 def _error_table(run: RunFolder) -> Table:

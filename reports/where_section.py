@@ -15,7 +15,7 @@ from kernels.workload import FORMS, linear
 from reports import map_plots
 from reports.comparisons import Comparison, form_of, latency, speedups
 from reports.formats import significant
-from reports.html import MAX_ROWS, Picture, Section
+from reports.html import MAX_MARKS, Picture, Section
 from reports.run_folder import FIT, SWEEP, RunFolder
 from reports.verdict import main_setting, short_label
 
@@ -52,6 +52,8 @@ def where(run: RunFolder) -> Section:
 def _heat_map(group: Sequence[Comparison]) -> Picture | None:
     products = [one.product for one in group][:MAX_PRODUCTS_DRAWN]
     ratios = speedups(group)
+    if ratios.empty:
+        return None
     ratios = ratios[ratios["product"].isin(products)].rename(
         columns={"form": "column", "lowering": "ours", "baseline": "against"}
     )
@@ -76,10 +78,7 @@ def _heat_map(group: Sequence[Comparison]) -> Picture | None:
             if (found := one.own_mult())
         ]
     )
-    cells = [part for part in (ratios.drop(columns="macs"), own) if len(part)]
-    if not cells:
-        return None
-    frame = pd.concat(cells)
+    frame = pd.concat([ratios.drop(columns="macs"), own])
     frame["column"] = pd.Categorical(frame["column"], [*names, OWN_MULT, ADD])
     frame = frame.sort_values("column", kind="stable").astype({"column": str})
     shown = "" if len(group) <= len(products) else f" The {len(products)} largest products."
@@ -108,7 +107,7 @@ def _width(one: Comparison) -> float:
 
 def _break_even(group: Sequence[Comparison], table: LatencyTable | None) -> Picture | None:
     rows = []
-    for one in group[:MAX_ROWS]:
+    for one in group[:MAX_MARKS]:
         outcome, ratio, why = one.verdict
         ours, workload = one.replacement, one.rows[0].workload
         if ratio is None or ours is None or workload is None:
@@ -219,7 +218,7 @@ def _roofline(group: Sequence[Comparison]) -> Picture | None:
         "roofline",
         "Roofline of our linear kernels",
         map_plots.roofline,
-        frame.iloc[:: math.ceil(len(frame) / MAX_ROWS)],
+        frame.iloc[:: math.ceil(len(frame) / MAX_MARKS)],
         f"Rates of {len(frame)} kernels; "
         + (
             f"in the median {significant(100 * shares.median())} % of the roof of their type"

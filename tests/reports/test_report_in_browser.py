@@ -111,8 +111,9 @@ def test_no_accessibility_rule_of_level_a_or_aa_is_broken(tab: Tab, report, widt
         pytest.skip("axe-core-python is not installed")
     rules = Path(package.submodule_search_locations[0]) / "axe.min.js"
     tab.open(report, width, dark=dark)
-    # What is closed is not checked.
+    # What is closed is not checked; further rows of a table are as its first ones.
     tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    tab.evaluate("document.querySelectorAll('tr:nth-child(n + 6)').forEach((r) => r.remove())")
     tab.evaluate(f"{rules.read_text()}; 0")
     found = tab.evaluate(
         "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']}).then((r) => "
