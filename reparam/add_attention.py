@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.hashing import binarise, code_source
+from reparam.coded_attention import CodedAttention
+from reparam.hashing import SignHash, binarise
 
 TOKEN_WINDOW = 9
 
@@ -56,6 +57,88 @@ class AddProducts(nn.Module):
         return f"alphabet={self.alphabet}"
 
 
+def linear_angular(
+    q: Tensor, k: Tensor, v: Tensor, add_products: nn.Module, token_conv: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Both terms of linear-angular attention: the normalised sums, and the convolved values.
+
+    Args:
+        q, k: Sources of the codes, ``(b, heads, tokens, bits)``.
+        v: ``(b, heads, tokens, head_dim)``.
+        add_products: ``AddProducts`` or what deployment made of it.
+        token_conv: Depthwise convolution along the tokens.
+
+    Returns:
+        Two of ``(b, heads, tokens, head_dim)``.
+    """
+    tokens, bits = q.shape[-2:]
+    sums = add_products(*(part.flatten(0, 1) for part in (q, k, v))).view_as(v)
+    y = v / 2 + sums / (math.pi * bits * math.sqrt(tokens))
+    return F.normalize(y, dim=-1), token_conv(v)
+
+
+def token_convolution(heads: int) -> nn.Conv2d:
+    """Depthwise convolution of ``(b, heads, tokens, head_dim)`` along the tokens; all zeros."""
+    window = (TOKEN_WINDOW, 1)
+    conv = nn.Conv2d(heads, heads, window, padding=(TOKEN_WINDOW // 2, 0), groups=heads, bias=False)
+    nn.init.zeros_(conv.weight)
+    return conv
+
+
+class LinearCore(nn.Module):
+    """Linear-angular attention as the core of an attention of any class.
+
+    Args:
+        heads: Heads; 1 where they are not told apart from the batch.
+        alphabet: ``pm1`` or ``01``.
+        hashing: What the codes are made by; None for the signs of the features.
+        drop_bias: Whether position biases and masks, which a sum over all tokens cannot keep, are
+            left out.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        alphabet: str = "pm1",
+        hashing: nn.Module | None = None,
+        drop_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.drop_bias = heads, drop_bias
+        self.hashing: nn.Module = hashing or SignHash(alphabet)
+        self.add_products: nn.Module = AddProducts(alphabet)
+        self.token_conv = token_convolution(heads)
+        self.gain = nn.Parameter(torch.ones(heads, 1, 1))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Stands for ``scaled_dot_product_attention``: ``(..., tokens, head_dim)``.
+
+        Raises:
+            ValueError: If there is a bias or mask that is not to be dropped.
+        """
+        if is_causal or (attn_mask is not None and not self.drop_bias):
+            raise ValueError("attn_mask: linear attention with codes cannot be masked")
+        normed, convolved = self.terms(q, k, v)
+        return (self.gain * normed + convolved).reshape(v.shape)
+
+    def terms(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``linear_angular``, from queries and keys of any batch."""
+        q_source, k_source = self.hashing(q, k)
+        q, k, v = (
+            part.reshape(-1, self.heads, *part.shape[-2:]) for part in (q_source, k_source, v)
+        )
+        return linear_angular(q, k, v, self.add_products, self.token_conv)
+
+
 class AddAttention(nn.Module):
     """Linear-angular self-attention with binary codes, one bit for each feature of a head.
 
@@ -72,6 +155,7 @@ class AddAttention(nn.Module):
         head_dim: Features of a head, which is also the number of code bits.
         alphabet: ``pm1`` or ``01``.
         qkv_bias, proj_bias: Whether the linears have a bias.
+        hashing: What the codes are made by; None for the signs of the features.
 
     Source:
         ShiftAddViT, arXiv 2306.06446 (released code, LinAngular); Castling-ViT, arXiv 2211.10526.
@@ -85,27 +169,23 @@ class AddAttention(nn.Module):
         alphabet: str = "pm1",
         qkv_bias: bool = True,
         proj_bias: bool = True,
+        hashing: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.alphabet = num_heads, head_dim, alphabet
         self.qkv: nn.Module = nn.Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
+        self.hashing: nn.Module = hashing or SignHash(alphabet)
         self.add_products: nn.Module = AddProducts(alphabet)
-        self.token_conv = nn.Conv2d(
-            num_heads,
-            num_heads,
-            (TOKEN_WINDOW, 1),
-            padding=(TOKEN_WINDOW // 2, 0),
-            groups=num_heads,
-            bias=False,
-        )
-        nn.init.zeros_(self.token_conv.weight)
+        self.token_conv = token_convolution(num_heads)
         self.proj: nn.Module = nn.Linear(num_heads * head_dim, dim, bias=proj_bias)
         self.proj_drop: nn.Module = nn.Dropout(0.0)
 
     @classmethod
-    def from_attention(cls, attention: nn.Module, alphabet: str = "pm1") -> AddAttention:
+    def from_attention(
+        cls, attention: nn.Module, alphabet: str = "pm1", hashing: nn.Module | None = None
+    ) -> AddAttention:
         """Takes over the weights of a softmax attention; it itself stays as it is.
 
         Separate linears for q and kv become one. Spatial reduction is dropped: keys and values
@@ -114,6 +194,7 @@ class AddAttention(nn.Module):
         Args:
             attention: With ``num_heads``, ``proj`` and ``qkv``, or ``q`` and ``kv``.
             alphabet: ``pm1`` or ``01``.
+            hashing: What the codes are made by; None for the signs of the features.
 
         Raises:
             ValueError: With what cannot be taken over.
@@ -132,6 +213,7 @@ class AddAttention(nn.Module):
             alphabet,
             qkv_bias=bias is not None,
             proj_bias=proj.bias is not None,
+            hashing=hashing,
         ).to(weight)
         made.qkv.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
         made.proj.load_state_dict(proj.state_dict())
@@ -162,23 +244,23 @@ class AddAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask: linear attention with codes cannot be masked")
+        normed, convolved = linear_angular(*self.heads(x), self.add_products, self.token_conv)
+        y = (normed + convolved).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(y))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sources of the codes of queries and keys, and values, ``(b, heads, tokens, …)``."""
         b, tokens, _ = x.shape
         split = self.qkv(x).reshape(b, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
-        q = code_source(self.q_norm(q), self.alphabet)
-        k = code_source(self.k_norm(k), self.alphabet)
-        sums = self.add_products(*(part.flatten(0, 1) for part in (q, k, v))).view_as(v)
-        y = v / 2 + sums / (math.pi * self.head_dim * math.sqrt(tokens))
-        y = F.normalize(y, dim=-1) + self.token_conv(v)
-        y = y.transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(y))
+        return *self.hashing(self.q_norm(q), self.k_norm(k)), v
 
 
 def is_softmax_attention(module: nn.Module) -> bool:
     """Whether a module is built like timm's self-attention, whatever its class."""
     has_inputs = hasattr(module, "qkv") or (hasattr(module, "q") and hasattr(module, "kv"))
     built_alike = has_inputs and hasattr(module, "proj") and hasattr(module, "num_heads")
-    return built_alike and not isinstance(module, AddAttention)
+    return built_alike and not isinstance(module, AddAttention | CodedAttention)
 
 
 def refusal(attention: nn.Module) -> str | None:

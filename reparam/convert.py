@@ -2,64 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from reparam.add_attention import (
     AddAttention,
+    LinearCore,
     dropped_parts,
     is_softmax_attention,
     refusal,
 )
-from reparam.moe import MoEMlp, linear_in_form
-from reparam.mult import MULT_FORMS
-from reparam.shift import SHIFT_FORMS, ShiftVariant
+from reparam.attention_fit import Arguments, Calibration, calibrate_, captured_arguments
+from reparam.attention_structure import AttentionTrace, ModelTrace, example_input, open_, trace
+from reparam.coded_attention import CodedAttention, with_core
+from reparam.conversion_rules import LayerConfig, LayerRule, ReparamConfig, ShiftForm
+from reparam.kernelised_hashing import KernelisedHash
+from reparam.linear_forms import linear_in_form
+from reparam.model_structure import candidates, is_attention, linear_parts
+from reparam.moe import MoEMlp
+from reparam.quadratic_attention import QuadraticCore
+from reparam.shift import ShiftLinear
+
+__all__ = [
+    "Conversion",
+    "ConversionError",
+    "FilterFn",
+    "LayerConfig",
+    "LayerRule",
+    "ReparamConfig",
+    "ShiftForm",
+    "reparameterize_",
+]
 
 FilterFn = Callable[[nn.Module, str], bool]
-ShiftForm = Literal["shift_fp32", "shift_int8", "shift_int4"]
 
-ATTENTION_LINEARS = ("qkv", "q", "kv", "proj")
-MLP_LINEARS = ("fc1", "fc2")
 # An MLP of these alone treats each token by itself, and can be an expert as a whole.
 _TOKEN_WISE = {"fc1", "act", "drop1", "norm", "fc2", "drop2"}
 
 
 class ConversionError(ValueError):
     """A conversion that cannot be done as asked; the model is left as it was."""
-
-
-def _trainable_form(form: str) -> str:
-    if form not in MULT_FORMS + SHIFT_FORMS:
-        raise ValueError(f"{form!r} is not one of {', '.join(MULT_FORMS + SHIFT_FORMS)}")
-    return form
-
-
-class ReparamConfig(BaseModel):
-    """What to replace by what. Stage 1 replaces the attention, stage 2 the linears.
-
-    Attributes:
-        attention: ``add`` makes softmax attention linear, with binary queries and keys.
-        alphabet: Binary alphabet of their codes.
-        attention_linears: Form of the linears around the attention, of either kind.
-        mlp: Form of the MLPs' linears, or ``moe`` for experts of different forms.
-        experts: Form of each expert by name, at least two.
-        shift_variant: How shift weights are trained, DeepShift-Q or -PS.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    attention: Literal["keep", "add"] = "keep"
-    alphabet: Literal["pm1", "01"] = "pm1"
-    attention_linears: Literal["keep"] | ShiftForm = "keep"
-    mlp: Literal["keep", "moe"] | ShiftForm = "keep"
-    experts: Annotated[
-        dict[str, Annotated[str, AfterValidator(_trainable_form)]], Field(min_length=2)
-    ] = {"mult": "mult_int8", "shift": "shift_int8"}
-    shift_variant: ShiftVariant = "Q"
 
 
 @dataclass(frozen=True)
@@ -69,22 +54,28 @@ class Conversion:
     Attributes:
         converted: What each replaced module became, by qualified name.
         skipped: Why each candidate that stayed did, by qualified name.
+        calibration: Error of each converted attention against the original on the example, by
+            qualified name; empty without an example.
     """
 
     converted: dict[str, str]
     skipped: dict[str, str]
+    calibration: dict[str, Calibration] = field(default_factory=dict)
 
 
 def reparameterize_(
-    model: nn.Module, config: ReparamConfig, filter_fn: FilterFn | None = None
+    model: nn.Module,
+    config: ReparamConfig,
+    filter_fn: FilterFn | None = None,
+    example: Tensor | None = None,
 ) -> Conversion:
     """Replaces attentions, their linears and MLPs of a timm model, in place.
 
-    Modules are found by their structure: an attention has ``num_heads``, ``proj`` and ``qkv``, or
-    ``q`` and ``kv``; an MLP has ``fc1`` and ``fc2``. The classifier head and the patch embedding
-    are never touched, nor is a router. In an MLP with a convolution between its linears each
-    linear becomes an MoE of its own. A second call goes on from what the first one made; what
-    already is as asked is skipped.
+    Attentions are found by what they compute in one forward pass
+    (``attention_structure.trace``), MLPs by their linears (``model_structure``), neither by class
+    names. The classifier head and the patch embedding are never touched, nor is a router. In an
+    MLP with a convolution between its linears each linear becomes an MoE of its own. A second
+    call goes on from what the first one made; what already is as asked is skipped.
 
     Args:
         model: A timm model.
@@ -92,32 +83,45 @@ def reparameterize_(
         filter_fn: ``filter_fn(module, fqn)`` is False for what shall stay. It is asked for each
             attention, each linear of an attention and each MLP, and for each linear of an MLP
             that is converted one by one.
+        example: Images that the model takes. Hash functions and the magnitudes of linear
+            attention are then fitted to them. Without it the model is watched on noise of its own
+            input size, and nothing is fitted.
 
     Raises:
-        ConversionError: If nothing was asked, a rule matched nothing, or the model is none of
-            timm's. The model is unchanged then.
+        ConversionError: If nothing was asked, a rule matched nothing, the model does not take the
+            example, or is none of timm's. The model is unchanged then.
     """
-    plan = _Plan(config, filter_fn or (lambda module, fqn: True))
-    wanted = [rule for rule in _RULES if getattr(config, rule) != "keep"]
-    if not wanted:
+    asked = [config, *(rule.config for rule in config.rules)]
+    if not any(layer.asked for layer in asked):
         raise ConversionError("attention, attention_linears and mlp all say keep: nothing to do")
-    for fqn, module in _candidates(model, plan.skipped):
-        if hasattr(module, "fc1") or isinstance(module, MoEMlp):
-            plan.mlp(fqn, module)
-        else:
+    if not hasattr(model, "get_classifier"):
+        raise ConversionError(f"{type(model).__name__} has no get_classifier: not a timm model")
+    watched = _watch(model, example_input(model) if example is None else example)
+    plan = _Plan(config, filter_fn or (lambda module, fqn: True), watched)
+    if example is not None and any(layer.attention != "keep" for layer in asked):
+        plan.arguments = captured_arguments(model, example, watched.attentions)
+    for fqn, module in candidates(model, watched.attentions, plan.skipped):
+        if is_attention(fqn, module, watched.attentions):
             plan.attention_linears(fqn, plan.attention(fqn, module))
-    for rule in wanted:
-        if rule not in plan.matched:
-            raise ConversionError(
-                f"{rule}: {getattr(config, rule)!r} matched nothing in"
-                f" {type(model).__name__}{_hint(plan.skipped)}"
-            )
+        else:
+            plan.mlp(fqn, module)
+    plan.finish(type(model).__name__)
     for fqn, replacement in plan.replacements.items():
         model.set_submodule(fqn, replacement)
-    return Conversion(plan.converted, plan.skipped)
+    for fqn in plan.opened:
+        open_(model.get_submodule(fqn))
+    return Conversion(plan.converted, plan.skipped, plan.calibration)
 
 
-_RULES = ("attention", "attention_linears", "mlp")
+def _watch(model: nn.Module, example: Tensor) -> ModelTrace:
+    try:
+        return trace(model, example)
+    except Exception as error:  # whatever a model raises on an input that it does not take
+        reason = " ".join(str(error).split())[:200]
+        raise ConversionError(
+            f"example: {type(model).__name__} does not take {tuple(example.shape)}, pass one that"
+            f" it takes: {reason}"
+        ) from error
 
 
 @dataclass
@@ -126,128 +130,243 @@ class _Plan:
 
     config: ReparamConfig
     allows: FilterFn
+    watched: ModelTrace
+    arguments: dict[str, Arguments] = field(default_factory=dict)
     replacements: dict[str, nn.Module] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    matched: set[str] = field(default_factory=set)
+    calibration: dict[str, Calibration] = field(default_factory=dict)
+    opened: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    used_rules: list[LayerRule | None] = field(default_factory=list)
+
+    def options(self, *names: str) -> LayerConfig:
+        """The options of a layer, by its own name and then by its parent's."""
+        rule = self.config.first_rule(*names)
+        self.used_rules.append(rule)
+        return rule.config if rule else self.config
 
     def replace(self, rule: str, fqn: str, replacement: nn.Module, what: str) -> None:
         self.replacements[fqn] = replacement
         self.converted[fqn] = what
-        self.matched.add(rule)
+        self.done.add(rule)
 
     def already(self, rule: str, fqn: str, what: str) -> None:
         self.skipped[fqn] = f"is {what} already"
-        self.matched.add(rule)
+        self.done.add(rule)
 
     def attention(self, fqn: str, module: nn.Module) -> nn.Module:
         """Plans one attention; returns what will stand there."""
-        if self.config.attention == "keep":
+        options = self.options(fqn)
+        if options.attention == "keep":
             return module
-        alphabet = self.config.alphabet
-        if isinstance(module, AddAttention):
-            if module.alphabet == alphabet:
-                self.already("attention", fqn, f"add attention ({alphabet})")
-            else:
-                self.skipped[fqn] = f"is add attention with codes {module.alphabet}"
+        if isinstance(module, AddAttention | CodedAttention):
+            self._attention_again(fqn, module, options)
             return module
         if not self.allows(module, fqn):
             self.skipped[fqn] = "rejected by filter_fn"
             return module
-        if reason := refusal(module):
-            self.skipped[fqn] = reason
+        traced = self.watched.attentions[fqn]
+        form = _quadratic if options.attention == "quadratic" else _linear
+        new, what = form(module, traced, options)
+        if new is None:
+            self.skipped[fqn] = what
             return module
-        dropped = dropped_parts(module)
-        without = f", without spatial reduction ({', '.join(dropped)})" if dropped else ""
-        new = AddAttention.from_attention(module, alphabet)
-        self.replace("attention", fqn, new, f"add attention ({alphabet}){without}")
+        if fqn in self.arguments:
+            self.calibration[fqn] = calibrate_(new, module, self.arguments[fqn])
+        elif options.hashing == "kernelised":
+            what += ", hashing not fitted yet: see refit_hashing_"
+        self.replace("attention", fqn, new, what)
         return new
+
+    def _attention_again(
+        self, fqn: str, module: AddAttention | CodedAttention, options: LayerConfig
+    ) -> None:
+        quadratic = isinstance(module, CodedAttention) and isinstance(module.core, QuadraticCore)
+        is_now = "quadratic" if quadratic else "add"
+        coder: Any = module if isinstance(module, AddAttention) else module.core
+        now = coder.hashing.alphabet
+        if is_now != options.attention:
+            self.skipped[fqn] = f"is {is_now} attention"
+        elif now == options.alphabet:
+            self.already("attention", fqn, f"{is_now} attention ({options.alphabet})")
+        else:
+            self.skipped[fqn] = f"is {is_now} attention with codes {now}"
 
     def attention_linears(self, fqn: str, attention: nn.Module) -> None:
         """Plans the linears of one attention."""
-        if self.config.attention_linears != "keep":
-            for name in ATTENTION_LINEARS:
-                if hasattr(attention, name):
-                    self.linear(
-                        "attention_linears",
-                        f"{fqn}.{name}",
-                        getattr(attention, name),
-                        self.config.attention_linears,
-                    )
+        for name, part in linear_parts(attention).items():
+            own = f"{fqn}.{name}"
+            options = self.options(own, fqn)
+            if options.attention_linears != "keep":
+                called = isinstance(attention, AddAttention) or own in self.watched.called
+                form = options.attention_linears
+                self.linear("attention_linears", own, part, form, options, called)
+                self.opened.add(fqn)
 
     def mlp(self, fqn: str, module: nn.Module) -> None:
         """Plans one MLP."""
-        if self.config.mlp == "keep":
-            return
+        options = self.options(fqn)
+        as_one = options.mlp == "moe" and options.moe_granularity == "mlp" and _token_wise(module)
         if isinstance(module, MoEMlp):
-            if self.config.mlp == "moe":
+            if options.mlp == "moe":
                 self.already("mlp", fqn, "MoE")
-            else:
+            elif options.mlp != "keep":
                 self.skipped[fqn] = "is MoE"
-        elif not self.allows(module, fqn):
+        elif options.mlp != "keep" and not self.allows(module, fqn):
             self.skipped[fqn] = "rejected by filter_fn"
-        elif self.config.mlp == "moe" and _token_wise(module):
-            moe = MoEMlp.from_module(module, self.config.experts, self.config.shift_variant)
-            self.replace("mlp", fqn, moe, _moe_of(self.config))
+        elif as_one:
+            moe = _moe(module, options)
+            self.replace("mlp", fqn, moe, _moe_of(options))
         else:
-            for name in MLP_LINEARS:
-                self.linear("mlp", f"{fqn}.{name}", getattr(module, name), self.config.mlp)
+            for name, part in linear_parts(module).items():
+                own = f"{fqn}.{name}"
+                options = self.options(own, fqn)
+                if options.mlp != "keep":
+                    called = own in self.watched.called
+                    self.linear("mlp", own, part, options.mlp, options, called)
 
-    def linear(self, rule: str, fqn: str, linear: nn.Module, form: str) -> None:
+    def linear(
+        self,
+        rule: str,
+        fqn: str,
+        linear: nn.Module,
+        form: str,
+        options: LayerConfig,
+        called: bool,
+    ) -> None:
         """Plans one linear; ``form`` may also be ``moe``."""
-        forms, variant = self.config.experts, self.config.shift_variant
+        variant = options.shift_variant
         if getattr(linear, "form", None) == form or (form == "moe" and isinstance(linear, MoEMlp)):
             self.already(rule, fqn, form)
         elif type(linear) is not nn.Linear:
             self.skipped[fqn] = f"is {type(linear).__name__}, not nn.Linear"
+        elif not called:
+            self.skipped[fqn] = "its weight is used without calling it"
         elif not self.allows(linear, fqn):
             self.skipped[fqn] = "rejected by filter_fn"
         elif form == "moe":
-            moe = MoEMlp.from_module(linear, forms, variant)
-            self.replace(rule, fqn, moe, f"{_moe_of(self.config)}, this linear alone")
+            moe = _moe(linear, options)
+            self.replace(rule, fqn, moe, f"{_moe_of(options)}, this linear alone")
         else:
-            self.replace(rule, fqn, linear_in_form(linear, form, variant), f"{form} ({variant})")
+            made = linear_in_form(
+                linear, form, variant, options.shift_bits, options.activation_clip
+            ).train(linear.training)
+            is_shift = any(isinstance(part, ShiftLinear) for part in made.modules())
+            self.replace(rule, fqn, made, f"{form} ({variant})" if is_shift else form)
+
+    def finish(self, model_name: str) -> None:
+        """Adds attentions of other kinds to what was skipped.
+
+        Raises:
+            ConversionError: If an option or a rule had no effect.
+        """
+        if "attention" in self.config.asked:
+            for fqn in self.watched.unpaired:
+                if not any(fqn == name or fqn.startswith(f"{name}.") for name in self.skipped):
+                    self.skipped[fqn] = "its softmax is of no product of queries and keys"
+        for rule in self.config.rules:
+            if rule not in self.used_rules:
+                raise ConversionError(f"rules: {rule.match!r} matched nothing in {model_name}")
+        for asked in self.config.asked:
+            if asked not in self.done:
+                raise ConversionError(
+                    f"{asked}: {getattr(self.config, asked)!r} matched nothing in"
+                    f" {model_name}{_hint(self.skipped)}"
+                )
 
 
-def _moe_of(config: ReparamConfig) -> str:
-    experts = ", ".join(f"{name} {form}" for name, form in config.experts.items())
+Attempt = tuple[nn.Module | None, str]
+
+
+def _linear(module: nn.Module, traced: AttentionTrace, options: LayerConfig) -> Attempt:
+    """Linear attention in place of a module, or None with the reason."""
+    what = f"add attention ({_codes(options)})"
+    plain = traced.tokens_in and not traced.masked and not traced.over_channels
+    if plain and is_softmax_attention(module) and refusal(module) is None:
+        hashing = _hashing(module, traced, options)
+        dropped = dropped_parts(module)
+        without = f", without spatial reduction ({', '.join(dropped)})" if dropped else ""
+        return AddAttention.from_attention(module, options.alphabet, hashing), what + without
+    if reason := _linear_refusal(traced, options):
+        return None, reason
+    heads = _heads(module, traced)
+    core = LinearCore(
+        heads, options.alphabet, _hashing(module, traced, options), options.drop_bias
+    ).to(next(module.parameters()))
+    without = ", without position bias and mask" if traced.masked else ""
+    made = with_core(module, core.train(module.training))
+    return made, f"{what} inside of {type(module).__name__}{without}"
+
+
+def _linear_refusal(traced: AttentionTrace, options: LayerConfig) -> str | None:
+    if traced.over_channels:
+        return "compares channels, not tokens: it is linear in the tokens already"
+    if not traced.fused:
+        return "takes a softmax of its own of its scores; the quadratic form keeps that"
+    if traced.queries[-2] != traced.keys[-2]:
+        return "queries are not of the same tokens as keys; the quadratic form keeps that"
+    if traced.masked and not options.drop_bias:
+        return (
+            "has a position bias or mask, which linear attention would lose: drop_bias drops it,"
+            " the quadratic form keeps it"
+        )
+    return None
+
+
+def _quadratic(module: nn.Module, traced: AttentionTrace, options: LayerConfig) -> Attempt:
+    """Quadratic attention on codes inside of a module, or None with the reason."""
+    if options.similarity == "angular" and not traced.fused:
+        return None, "takes a softmax of its own of its scores, which angular similarity is not"
+    if options.hashing == "kernelised" and traced.over_channels:
+        return None, "compares channels, which hash functions of tokens are not for"
+    hashing = _hashing(module, traced, options)
+    core = QuadraticCore(options.alphabet, options.similarity, hashing)
+    made = with_core(
+        module, core.to(next(module.parameters())).train(module.training), traced.scores
+    )
+    return made, f"quadratic attention ({_codes(options)}, {options.similarity})"
+
+
+def _hashing(module: nn.Module, traced: AttentionTrace, options: LayerConfig) -> nn.Module | None:
+    if options.hashing == "sign":
+        return None
+    return KernelisedHash(
+        _heads(module, traced),
+        traced.queries[-1],
+        options.alphabet,
+        options.hash_bits,
+        options.hash_anchors,
+    )
+
+
+def _codes(options: LayerConfig) -> str:
+    kernelised = f", {options.hash_bits} bits by kernelised hashing"
+    return options.alphabet + (kernelised if options.hashing == "kernelised" else "")
+
+
+def _heads(module: nn.Module, traced: AttentionTrace) -> int:
+    """Heads, where the third dimension from the end is theirs and not that of windows."""
+    known = {getattr(module, name, None) for name in ("num_heads", "heads")}
+    return traced.heads if traced.heads in known else 1
+
+
+def _moe(module: nn.Module, options: LayerConfig) -> MoEMlp:
+    return MoEMlp.from_module(module, options.experts, options.shift_variant, options.shift_bits)
+
+
+def _moe_of(options: LayerConfig) -> str:
+    experts = ", ".join(f"{name} {form}" for name, form in options.experts.items())
     return f"MoE ({experts})"
 
 
 def _token_wise(mlp: nn.Module) -> bool:
-    return {name for name, _ in mlp.named_children()} <= _TOKEN_WISE and all(
-        type(getattr(mlp, name)) is nn.Linear for name in MLP_LINEARS
+    names = {name for name, _ in mlp.named_children()}
+    return {"fc1", "fc2"} <= names <= _TOKEN_WISE and all(
+        type(getattr(mlp, name)) is nn.Linear for name in ("fc1", "fc2")
     )
 
 
 def _hint(skipped: dict[str, str]) -> str:
     reasons = [f"{fqn} {reason}" for fqn, reason in skipped.items() if "never" not in reason]
     return f" ({reasons[0]})" if reasons else ""
-
-
-def _candidates(model: nn.Module, skipped: dict[str, str]) -> Iterator[tuple[str, nn.Module]]:
-    """Attentions and MLPs outside of protected modules; does not look inside of what it found."""
-    get_classifier = getattr(model, "get_classifier", None)
-    if get_classifier is None:
-        raise ConversionError(f"{type(model).__name__} has no get_classifier: not a timm model")
-    classifier = get_classifier()
-    heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
-    protected = {id(head): "classifier head, never converted" for head in heads}
-    if hasattr(model, "patch_embed"):
-        protected[id(model.patch_embed)] = "patch embedding, never converted"
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            fqn = f"{prefix}{name}"
-            if id(child) in protected:
-                skipped[fqn] = protected[id(child)]
-            elif (
-                isinstance(child, AddAttention | MoEMlp)
-                or is_softmax_attention(child)
-                or all(hasattr(child, linear) for linear in MLP_LINEARS)
-            ):
-                yield fqn, child
-            else:
-                yield from walk(child, f"{fqn}.")
-
-    yield from walk(model, "")

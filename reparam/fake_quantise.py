@@ -55,6 +55,11 @@ def coded(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return straight_through(x * inverse, codes)
 
 
+def as_bf16(x: Tensor) -> Tensor:
+    """Rounds to bf16, kept in fp32; the gradient passes unrounded."""
+    return straight_through(x, x.detach().bfloat16().float())
+
+
 def exported(form: str, values: Tensor, scale: Tensor, bias: Tensor | None) -> LinearParameters:
     """Copies of a linear's parameters, without gradients, as the kernels take them."""
     values, scale = values.detach().clone(), scale.detach().clone()
@@ -68,7 +73,8 @@ def linear_as_deployed(
     """Computes a linear as the kernel of its form does, in the same order of operations.
 
     For the int8 forms ``(codes · valuesᵀ) · (x_scale · scale) + bias``. The sum over whole numbers
-    is exact in fp32 up to 2^24, as the kernel's is in int32.
+    is exact in fp32 up to 2^24, as the kernel's is in int32. The bf16 forms round x first; the
+    product of two bf16 numbers is exact in fp32.
 
     Args:
         form: A linear form in ``kernels.workload.FORMS``.
@@ -81,6 +87,8 @@ def linear_as_deployed(
         fp32 ``(..., n)``.
     """
     fused = FORMS[form]["fused"]
+    if "cast" in fused:
+        x = as_bf16(x)
     if "scale" not in fused:
         return F.linear(x, values, bias)
     if "quantise" in fused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reparam.fake_quantise import straight_through
 
@@ -45,3 +45,19 @@ def binarise(x: Tensor, alphabet: str) -> Tensor:
     if alphabet == "01":
         return straight_through((x + 0.5).clamp(0, 1), (x > 0).to(x.dtype))
     raise ValueError(f"alphabet: {alphabet!r} is not one of pm1, 01")
+
+
+class SignHash(nn.Module):
+    """Plain binarisation: one bit for each feature.
+
+    Args:
+        alphabet: ``pm1`` or ``01``.
+    """
+
+    def __init__(self, alphabet: str) -> None:
+        super().__init__()
+        self.alphabet = alphabet
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Sources of the codes of queries and keys, see ``code_source``."""
+        return code_source(q, self.alphabet), code_source(k, self.alphabet)

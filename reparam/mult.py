@@ -1,13 +1,13 @@
-"""MultLinear: a linear that multiplies, in fp32 or int8: what a shift is to be compared with."""
+"""MultLinear: a linear that multiplies, in fp32, bf16 or int8: what a shift is compared with."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from kernels.packing import LinearParameters, quantise_channels
-from reparam.fake_quantise import check_form, coded, exported, linear_as_deployed
+from reparam.fake_quantise import as_bf16, check_form, coded, exported, linear_as_deployed
 
-MULT_FORMS = ("mult_fp32", "mult_int8")
+MULT_FORMS = ("mult_fp32", "mult_bf16", "mult_int8")
 
 
 class MultLinear(nn.Module):
@@ -16,7 +16,7 @@ class MultLinear(nn.Module):
     Args:
         weight: ``(n, k)`` to start from; copied.
         bias: ``(n,)`` or None; copied.
-        form: ``mult_fp32`` or ``mult_int8``.
+        form: ``mult_fp32``, ``mult_bf16`` or ``mult_int8``.
 
     Raises:
         ValueError: On another form.
@@ -37,8 +37,9 @@ class MultLinear(nn.Module):
 
     def values_and_scale(self) -> tuple[Tensor, Tensor]:
         """The weight as values ``(n, k)``, with gradient, and scale ``(n,)``."""
-        if self.form == "mult_fp32":
-            return self.weight, self.weight.new_ones(self.out_features)
+        if self.form != "mult_int8":
+            weight = self.weight if self.form == "mult_fp32" else as_bf16(self.weight)
+            return weight, weight.new_ones(self.out_features)
         codes, scale = quantise_channels(self.weight.detach())
         return coded(self.weight, codes, scale[:, None]), scale
 

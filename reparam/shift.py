@@ -16,6 +16,22 @@ SHIFT_FORMS = tuple(name for name, form in FORMS.items() if form["primitive"] ==
 ShiftVariant = Literal["Q", "PS"]
 
 
+def exponent_range(form: str, bits: int | None = None) -> tuple[int, int]:
+    """Smallest and largest p of a weight ±2^p.
+
+    Args:
+        form: A shift form.
+        bits: As in ``ShiftLinear``.
+
+    Raises:
+        ValueError: Unless bits are 3 to 8.
+    """
+    if bits is not None and not 3 <= bits <= 8:
+        raise ValueError(f"bits: {bits!r} is not from 3 to 8")
+    low, high = FORMS[form]["exponent_min"], FORMS[form]["exponent_max"]
+    return (low if bits is None else max(low, high + 1 - 2 ** (bits - 1))), high
+
+
 class ShiftLinear(nn.Module):
     """Linear with ``W = ±2^p · scale``, trained so that it can be exported without loss.
 
@@ -26,11 +42,13 @@ class ShiftLinear(nn.Module):
     Args:
         weight: ``(n, k)`` to start from; copied.
         bias: ``(n,)`` or None; copied.
-        form: ``shift_fp32`` (p in -15..0) or ``shift_int8`` (p in -6..0, int8 activations).
+        form: One of ``SHIFT_FORMS``, which says the range of p and the type of the activations.
         variant: ``Q`` or ``PS``.
+        bits: Bits of a weight, 3 to 8: a sign and the others for p. They narrow the range of p;
+            where the form's own is narrower, that remains. None for the form's own.
 
     Raises:
-        ValueError: On another form or variant.
+        ValueError: On another form, variant or number of bits.
 
     Source:
         DeepShift, arXiv 1905.13298; the scale per channel is ours.
@@ -42,7 +60,12 @@ class ShiftLinear(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, form: str, variant: ShiftVariant = "Q"
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        form: str,
+        variant: ShiftVariant = "Q",
+        bits: int | None = None,
     ) -> None:
         super().__init__()
         check_form(form, SHIFT_FORMS)
@@ -50,8 +73,7 @@ class ShiftLinear(nn.Module):
             raise ValueError(f"variant: {variant!r} is not one of Q, PS")
         self.form, self.variant = form, variant
         self.out_features, self.in_features = weight.shape
-        self.exponent_min: int = FORMS[form]["exponent_min"]
-        self.exponent_max: int = FORMS[form]["exponent_max"]
+        self.exponent_min, self.exponent_max = exponent_range(form, bits)
         weight = weight.detach().clone()
         if variant == "Q":
             self.weight = nn.Parameter(weight)
@@ -63,9 +85,15 @@ class ShiftLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, form: str, variant: ShiftVariant = "Q") -> ShiftLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        form: str,
+        variant: ShiftVariant = "Q",
+        bits: int | None = None,
+    ) -> ShiftLinear:
         """A shift linear that starts from a linear's weight and bias."""
-        return cls(linear.weight, linear.bias, form, variant)
+        return cls(linear.weight, linear.bias, form, variant, bits)
 
     def values_and_scale(self) -> tuple[Tensor, Tensor]:
         """The weight as values ±2^p ``(n, k)``, with gradient, and scale ``(n,)``."""
@@ -87,5 +115,6 @@ class ShiftLinear(nn.Module):
         return exported(self.form, *self.values_and_scale(), self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes, form and variant."""
-        return f"{self.in_features}, {self.out_features}, form={self.form}, variant={self.variant}"
+        """Sizes, form, variant and range of the exponent."""
+        sizes = f"{self.in_features}, {self.out_features}, form={self.form}"
+        return f"{sizes}, variant={self.variant}, p={self.exponent_min}..{self.exponent_max}"

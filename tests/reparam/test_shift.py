@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kernels.packing import byte_to_pow2, pow2_to_byte, quantise_rows
+from kernels.packing import byte_to_pow2, pack_linear, pow2_to_byte, quantise_rows
 from kernels.workload import FORMS
 from reparam.fake_quantise import straight_through
 from reparam.hashing import binarise, code_source
@@ -33,6 +33,8 @@ def oracle(parameters, x):
     if "quantise" in FORMS[parameters.form]["fused"]:
         codes, x_scale = quantise_rows(x)
         return (codes.double().numpy() @ w.T) * x_scale.double().numpy() * scale + bias
+    if "cast" in FORMS[parameters.form]["fused"]:
+        x = x.bfloat16()
     return (x.double().numpy() @ w.T) * scale + bias
 
 
@@ -87,12 +89,30 @@ def test_gradients_reach_every_parameter_and_the_input():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (layer, name)
 
 
-@pytest.mark.parametrize("form", ["shift_fp32", "shift_int8", "mult_int8"])
+@pytest.mark.parametrize("form", SHIFT_FORMS)
+@pytest.mark.parametrize("variant", ["Q", "PS"])
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_bits_narrow_the_exponents_and_export_exactly(form, variant, bits):
+    layer = ShiftLinear.from_linear(make_linear(64, 8), form, variant, bits)
+    lowest = max(FORMS[form]["exponent_min"], 1 - 2 ** (bits - 1))
+    exponent = torch.log2(layer.export().values.abs())
+    assert exponent.min() >= lowest and exponent.max() == 0
+    # A narrower range is a subset of the form's own: packing it loses nothing.
+    packed = pack_linear(layer.export())
+    assert len(packed) == (4 if "int" in form else 3)
+    if bits == 3:
+        assert exponent.min() == -3
+    with pytest.raises(ValueError, match="bits"):
+        ShiftLinear.from_linear(make_linear(4, 4), form, variant, bits + 6)
+
+
+@pytest.mark.parametrize("form", ["shift_fp32", "shift_int8", "mult_int8", "mult_bf16"])
 def test_gradient_is_that_of_the_linear_it_stands_for(form):
     linear = make_linear(16, 8)
     layer = (ShiftLinear if form in SHIFT_FORMS else MultLinear).from_linear(linear, form)
     x, weights = torch.randn(5, 16), torch.randn(5, 8)
     seen = quantise_rows(x)[0] * quantise_rows(x)[1] if "int8" in form else x
+    seen = x.bfloat16().float() if form == "mult_bf16" else seen
     (layer(x) * weights).sum().backward()
     torch.testing.assert_close(layer.weight.grad, weights.T @ seen, rtol=1e-4, atol=1e-5)
 

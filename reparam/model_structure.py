@@ -1,0 +1,93 @@
+"""Which parts of a timm model can be converted, and which never are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+
+from reparam.add_attention import AddAttention
+from reparam.coded_attention import CodedAttention
+from reparam.moe import MoEMlp
+from reparam.mult import MultLinear
+from reparam.shift import ShiftLinear
+
+CONVERTED_ATTENTION = (AddAttention, CodedAttention)
+# An MLP has two linears; a gated one three, and one more where the gate is a linear of its own.
+_MLP_LINEARS = range(2, 5)
+
+
+def protected_parts(model: nn.Module) -> dict[int, str]:
+    """Why a module is never converted, by id: classifier heads and patch embeddings."""
+    classifier = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else (classifier,)
+    protected = {id(head): "classifier head, never converted" for head in heads}
+    if hasattr(model, "patch_embed"):
+        protected[id(model.patch_embed)] = "patch embedding, never converted"
+    return protected
+
+
+def candidates(
+    model: nn.Module, attentions: Collection[str], skipped: dict[str, str]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Attentions and MLPs outside of protected modules; does not look inside of what it found.
+
+    Args:
+        model: A timm model.
+        attentions: Qualified names of its attentions.
+        skipped: Gets the protected modules with the reason.
+    """
+    protected = protected_parts(model)
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            fqn = f"{prefix}{name}"
+            holds_others = any(other.startswith(f"{fqn}.") for other in attentions) or any(
+                id(part) in protected for part in child.modules()
+            )
+            if id(child) in protected:
+                skipped[fqn] = protected[id(child)]
+            elif is_attention(fqn, child, attentions) or (not holds_others and _is_mlp(child)):
+                yield fqn, child
+            else:
+                yield from walk(child, f"{fqn}.")
+
+    yield from walk(model, "")
+
+
+def is_attention(fqn: str, module: nn.Module, attentions: Collection[str]) -> bool:
+    """Whether a candidate is an attention, converted or not; otherwise it is an MLP."""
+    return fqn in attentions or isinstance(module, CONVERTED_ATTENTION)
+
+
+def linear_parts(module: nn.Module) -> dict[str, nn.Module]:
+    """What acts as a linear inside of an attention or MLP, by name: 1×1 convolutions, too."""
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        if any(name.startswith(f"{other}.") for other in found):
+            continue
+        pointwise = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.groups == 1
+        if isinstance(part, nn.Linear | ShiftLinear | MultLinear | MoEMlp) or pointwise:
+            found[name] = part
+    return found
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Whether a module is an MLP: a few linears, the last of which leads back to the first's input.
+
+    Its linears are its children or within them, and no child alone is an MLP. A container that
+    computes nothing itself is none.
+    """
+    if isinstance(module, MoEMlp) or (hasattr(module, "fc1") and hasattr(module, "fc2")):
+        return True
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    linears = {
+        name: part for name, part in linear_parts(module).items() if not isinstance(part, nn.Conv2d)
+    }
+    children = [name.split(".")[0] for name in linears]
+    if len(linears) not in _MLP_LINEARS or len(set(children)) < len(children):
+        return False
+    first, *_, last = linears.values()
+    leads_back = getattr(first, "in_features", None) == getattr(last, "out_features", None)
+    return leads_back and all(name.count(".") <= 1 for name in linears)

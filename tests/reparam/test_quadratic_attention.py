@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import Attention as VitAttention
+from torch import nn
+from torch.nn import functional as F
+
+from reparam.attention_structure import trace
+from reparam.coded_attention import CodedAttention, with_core
+from reparam.quadratic_attention import CodeScores, QuadraticCore
+
+
+@torch.no_grad()
+@settings(max_examples=15, deadline=None)
+@given(
+    queries=st.integers(1, 6),
+    keys=st.integers(1, 7),
+    d=st.integers(2, 9),
+    alphabet=st.sampled_from(["pm1", "01"]),
+    seed=st.integers(0, 99),
+)
+def test_scores_equal_a_naive_reference(queries, keys, d, alphabet, seed):
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, 3, queries, d), torch.randn(2, 3, keys, d)
+    got = QuadraticCore(alphabet).scores(q, k.transpose(-2, -1))
+    for i in range(queries):
+        for j in range(keys):
+            a, b = q[1, 2, i], k[1, 2, j]
+            if alphabet == "01":
+                codes = ((a > a.mean()) & (b > b.mean())).sum()
+            else:
+                codes = ((a > 0) == (b > 0)).sum() * 2 - d
+            expected = codes * a.abs().mean() * b.abs().mean()
+            torch.testing.assert_close(got[1, 2, i, j], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_angular_weights_are_shares_of_equal_bits_times_the_bias():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 4)
+    bias = torch.tensor([[0.0, 1.0, -torch.inf], [0.5, 0.0, 0.0]])
+    share = ((q[0, 0, :, None] > 0) == (k[0, 0, None] > 0)).float().mean(-1)
+    weight = share * bias.exp()
+    expected = (weight / weight.sum(-1, keepdim=True)) @ v[0, 0]
+    got = QuadraticCore(similarity="angular").attend(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(got[0, 0], expected)
+
+
+@torch.no_grad()
+def test_codes_of_codes_give_the_attention_itself():
+    """Of ±1 features the codes lose nothing: bias, mask, causality and scale are all kept."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, 5, 16).sign() for _ in range(2))
+    v, bias, core = torch.randn(2, 3, 5, 4), torch.randn(5, 5), QuadraticCore()
+    seen = torch.rand(5, 5) > 0.5
+    seen.fill_diagonal_(True)
+    for options in ({}, {"attn_mask": bias}, {"attn_mask": seen}, {"is_causal": True}):
+        for scale in (None, 0.1):
+            expected = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
+            torch.testing.assert_close(core.attend(q, k, v, scale=scale, **options), expected)
+
+
+def test_with_core_replaces_the_scores_alone_and_leaves_the_original():
+    torch.manual_seed(0)
+    attention, x = VitAttention(16, num_heads=2), torch.randn(2, 5, 16)
+    before = attention(x)
+    made = with_core(attention, QuadraticCore())
+    assert isinstance(made, VitAttention) and isinstance(made, CodedAttention)
+    assert torch.equal(attention(x), before) and not hasattr(attention, "core")
+    assert made.qkv.weight is attention.qkv.weight
+    seen = []
+    made.core.code_scores.register_forward_hook(lambda m, args, out: seen.append((args, out)))
+    made(x).square().sum().backward()
+    (q, k), out = seen[0]
+    assert q.shape == k.shape == (4, 5, 8) and out.shape == (4, 5, 5)
+    assert torch.equal(out, out.round())
+    assert all(part.abs().sum() > 0 for part in made.qkv.weight.grad.chunk(3))
+
+
+@torch.no_grad()
+def test_only_the_products_that_a_softmax_sees_are_replaced():
+    model = timm.create_model("efficientvit_m0").eval()
+    x = torch.randn(1, 3, 224, 224)
+    fqn, traced = next(iter(trace(model, x).attentions.items()))
+    core, heads = QuadraticCore(), len(model.get_submodule(fqn).qkvs)
+    calls = []
+    core.code_scores.register_forward_hook(lambda *args: calls.append(1))
+    model.set_submodule(fqn, with_core(model.get_submodule(fqn), core, traced.scores))
+    assert model(x).isfinite().all() and len(calls) == heads > 1
+
+
+def test_a_failing_forward_leaves_no_mode_behind():
+    attention = with_core(VitAttention(16, num_heads=2), QuadraticCore())
+    with pytest.raises(RuntimeError):
+        attention(torch.randn(2, 5, 17))
+    q = torch.randn(1, 1, 3, 4)
+    assert torch.equal(q @ q.transpose(-2, -1), torch.matmul(q, q.transpose(-2, -1)))
+    nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+def test_code_scores_depend_on_signs_alone_and_pass_a_gradient(alphabet):
+    torch.manual_seed(0)
+    scores = CodeScores(alphabet)
+    q, k = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 4, 8)
+    assert torch.equal(scores(q, k), scores(5 * q, k.sign() / math.pi))
+    assert torch.autograd.grad(scores(q, k).square().sum(), q)[0].abs().sum() > 0
