@@ -181,7 +181,7 @@ def _verdict(decisions: tuple[Decision, ...]) -> tuple[Verdict, str]:
     }
     if not decisions:
         return "does not pay", "convert none: no rule covers any layer"
-    split = ", ".join(f"{number} {verdict}" for verdict, number in counted.items() if number)
+    split = ", ".join(f"{verdict}: {number}" for verdict, number in counted.items() if number)
     if counted["pays"]:
         return "pays", f"convert {counted['pays']} of {len(decisions)} layers ({split})"
     if counted["unknown"]:

@@ -14,6 +14,7 @@ an Eyeriss-like array, Chen et al., ISCA 2016.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -238,7 +239,7 @@ def main(
     outputs: Annotated[int, typer.Option(min=1, max=10**5, help="Output features.")] = 256,
 ) -> None:
     """Prints the savings of a shift and of an add under each rule."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     dense = linear("mult_fp32", tokens, inputs, outputs)
     add = Workload(m=tokens, k=inputs, n=outputs, **FORMS["add_qkv_pm1"])
     console.print(saving_table(dense, linear("shift_fp32", tokens, inputs, outputs)))
