@@ -225,7 +225,11 @@ def compiled(
 def _compiled(
     lowering: str, family: Workload, target: KernelTarget, schedule: tuple[tuple[str, int], ...]
 ) -> tvm.runtime.Executable:
-    function = LOWERINGS[lowering].define(family, target, dict(schedule))
+    return compile_program(LOWERINGS[lowering].define(family, target, dict(schedule)), target)
+
+
+def compile_program(function: tirx.PrimFunc, target: KernelTarget) -> tvm.runtime.Executable:
+    """Compiles one function ``main``."""
     # It would forget which arrays belong on the stack (kernels.lowerings.emit.local).
     keep = {"tirx.disable_storage_rewrite": target.name == "llvm"}
     with cuda_compiler(), tvm.transform.PassContext(config=keep):
@@ -235,8 +239,9 @@ def _compiled(
 def arguments(operands: Operands) -> tuple[Tensor, ...]:
     """What a kernel of ours is launched on, without its output: weights are packed here."""
     if operands.parameters is not None:
-        beside = [t for t in (operands.norm, operands.residual) if t is not None]
-        return operands.x, *pack_linear(operands.parameters), *beside
+        beside = (operands.norm, operands.residual, operands.rows, operands.row_weight)
+        given = [tensor for tensor in beside if tensor is not None]
+        return operands.x, *pack_linear(operands.parameters), *given
     assert operands.values is not None
     keys = () if operands.keys is None else (operands.keys,)
     return operands.x, *keys, operands.values

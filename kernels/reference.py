@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +34,10 @@ class Operands:
         residual: Of a linear that something is added to: ``(m, n)``.
         keys: Of both attention products in one: ``(b, m, k)``, beside the queries in x.
         weight: Of a linear: the fp32 weight ``(n, k)`` that was written in its form's alphabet.
+        rows: Of a linear that gathers or scatters: int32 ``(m,)``, a row each of x or of the
+            result.
+        row_weight: Of a linear that scatters: ``(m,)``, what the result of each row is multiplied
+            by.
     """
 
     x: Tensor
@@ -42,6 +47,8 @@ class Operands:
     keys: Tensor | None = None
     norm: Tensor | None = None
     residual: Tensor | None = None
+    rows: Tensor | None = None
+    row_weight: Tensor | None = None
 
     def to(self, device: str) -> Operands:
         """The same operands on another device."""
@@ -72,8 +79,20 @@ def random_operands(workload: Workload, seed: int = 0) -> Operands:
             norm = torch.cat((1 + 0.1 * normal(w.k), 0.1 * normal(w.k), torch.tensor([1e-6])))
         if "residual" in w.fused:
             residual = normal(w.m, w.n)
-        parameters = quantise_weight(w.form, weight, bias)
-        return Operands(x, parameters, weight=weight, norm=norm, residual=residual)
+        rows = row_weight = None
+        if {"gather", "scatter"} & set(w.fused):
+            rows = torch.randperm(w.m, generator=generator).int()
+        if "scatter" in w.fused:
+            row_weight = torch.rand(w.m, generator=generator)
+        return Operands(
+            x,
+            quantise_weight(w.form, weight, bias),
+            weight=weight,
+            norm=norm,
+            residual=residual,
+            rows=rows,
+            row_weight=row_weight,
+        )
     dtype = getattr(torch, w.out_dtype)
 
     def coded(*shape: int) -> Tensor:
@@ -140,6 +159,9 @@ def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarr
         t.cpu().double().numpy() for t in (parameters.values, parameters.scale, parameters.bias)
     )
     x = operands.x.cpu().numpy()
+    if "gather" in workload.fused:
+        assert operands.rows is not None
+        x = x[operands.rows.numpy()]
     off_by = 0.0
     if operands.norm is not None:
         x = _normalised(x, operands.norm.cpu().double().numpy())
@@ -167,6 +189,13 @@ def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarr
     if "gelu" in workload.fused:
         # Its slope is below 1.13; erf itself is good to 4e-7.
         result, bound = _gelu(result), 1.13 * bound + 5e-7 * np.abs(result)
+    if operands.row_weight is not None:
+        assert operands.rows is not None
+        places, weight = operands.rows.numpy(), operands.row_weight.double().numpy()[:, None]
+        scattered, spread = np.zeros_like(result), np.zeros_like(bound)
+        scattered[places] = weight * result
+        spread[places] = weight * bound + _EPS * np.abs(weight * result)
+        result, bound = scattered, spread
     if operands.residual is not None:
         added = operands.residual.cpu().double().numpy()
         result, bound = result + added, bound + _EPS * (np.abs(result) + np.abs(added))
@@ -185,34 +214,49 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return x * ndtr(x)
 
 
-def sampled(workload: Workload, operands: Operands, out: Tensor) -> tuple[Operands, Tensor]:
-    """Operands and output cut to random rows (linear) or batch entries where all are too many."""
-    if workload.macs <= _WHOLE_MACS:
-        return operands, out
+def _sample(workload: Workload, operands: Operands) -> Tensor | None:
+    """Random rows (linear) or batch entries where all are too many; None for all."""
+    if workload.macs <= _WHOLE_MACS or operands.rows is not None:
+        return None
     size = workload.m if workload.kind == "linear" else workload.b
     count = (
         _CHECKED_ROWS if workload.kind == "linear" else max(1, _WHOLE_MACS * size // workload.macs)
     )
-    rows = torch.randperm(size, generator=torch.Generator().manual_seed(size))[:count]
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))[:count]
+
+
+def _cut(operands: Operands, rows: Tensor | None) -> Operands:
+    """Operands of some rows or batch entries alone."""
+    if rows is None:
+        return operands
     values = None if operands.values is None else operands.values[rows]
     keys = None if operands.keys is None else operands.keys[rows]
     residual = None if operands.residual is None else operands.residual[rows]
-    x = operands.x[rows]
-    return replace(operands, x=x, values=values, keys=keys, residual=residual), out[rows]
+    return replace(operands, x=operands.x[rows], values=values, keys=keys, residual=residual)
+
+
+def checker(workload: Workload, operands: Operands) -> Callable[[Tensor], tuple[float, bool]]:
+    """What compares outputs for the same operands with the oracle, which is asked once.
+
+    Returns:
+        ``check(out)``: the largest absolute error, and whether every element is within its
+        rounding bound.
+    """
+    rows = _sample(workload, operands)
+    result, bound = oracle(workload, _cut(operands, rows))
+
+    def check(out: Tensor) -> tuple[float, bool]:
+        if out.numel() == 0:
+            return 0.0, True
+        error = np.abs((out if rows is None else out[rows]).cpu().double().numpy() - result)
+        return float(error.max()), bool((error <= bound + 1e-30).all())
+
+    return check
 
 
 def max_abs_error(workload: Workload, operands: Operands, out: Tensor) -> tuple[float, bool]:
-    """Compares a kernel's output with the oracle.
-
-    Returns:
-        The largest absolute error, and whether every element is within its rounding bound.
-    """
-    operands, out = sampled(workload, operands, out)
-    if out.numel() == 0:
-        return 0.0, True
-    result, bound = oracle(workload, operands)
-    error = np.abs(out.cpu().double().numpy() - result)
-    return float(error.max()), bool((error <= bound + 1e-30).all())
+    """Compares a kernel's output with the oracle; see ``checker``."""
+    return checker(workload, operands)(out)
 
 
 def relative_error(workload: Workload, operands: Operands, out: Tensor) -> float | None:
@@ -225,7 +269,8 @@ def relative_error(workload: Workload, operands: Operands, out: Tensor) -> float
         Root mean square of the difference from ``x Wᵀ + bias`` with the weight before it was
         written in the alphabet, over that of the product; None for attention products.
     """
-    operands, out = sampled(workload, operands, out)
+    rows = _sample(workload, operands)
+    operands, out = _cut(operands, rows), out if rows is None else out[rows]
     if operands.weight is None or operands.parameters is None or out.numel() == 0:
         return None
     product = operands.x.cpu().double() @ operands.weight.double().T

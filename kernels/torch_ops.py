@@ -2,7 +2,8 @@
 
 ``torch.ops.shiftadd.linear``, ``.add_kv``, ``.add_qkv`` and ``.add_attention`` take tensors of any
 number of tokens, also none; a kernel is built at the first call of its family and kept. Linears
-are fp32 in and out, the attention products fp32 or bf16.
+are fp32 in and out, the attention products fp32 or bf16. ``kernels.layer_ops`` has those of whole
+layers.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from torch import Tensor
 from kernels.build import Kernel, build, set_threads
 from kernels.lowerings.add import LONG_TOKENS
 from kernels.targets import KernelTarget, cpu_target, cuda_target
-from kernels.workload import attention, linear
+from kernels.workload import AROUND, attention, linear
 
 __all__ = ["linear_kernel", "set_threads"]
 
 _library = torch.library.Library("shiftadd", "DEF")
-_library.define("linear(Tensor x, Tensor[] packed, str form, int n) -> Tensor")
+_library.define(
+    "linear(Tensor x, Tensor[] packed, str form, int n, Tensor? norm=None, bool gelu=False,"
+    " Tensor? residual=None) -> Tensor"
+)
 _library.define("add_kv(Tensor k, Tensor v, str alphabet) -> Tensor")
 _library.define("add_qkv(Tensor q, Tensor kv, str alphabet) -> Tensor")
 _library.define("add_attention(Tensor q, Tensor k, Tensor v, str alphabet) -> Tensor")
@@ -34,9 +38,11 @@ def _target(device: torch.device) -> KernelTarget:
 
 
 @functools.cache
-def linear_kernel(form: str, k: int, n: int, device: torch.device) -> Kernel:
+def linear_kernel(
+    form: str, k: int, n: int, device: torch.device, around: tuple[str, ...] = ()
+) -> Kernel:
     """The kernel of a linear form for any number of tokens."""
-    return build(linear(form, 1, k, n), target=_target(device))
+    return build(linear(form, 1, k, n, around), target=_target(device))
 
 
 @functools.cache
@@ -71,15 +77,36 @@ def _launch_attention(
     return out
 
 
-def _linear(x: Tensor, packed: list[Tensor], form: str, n: int) -> Tensor:
+def _linear(
+    x: Tensor,
+    packed: list[Tensor],
+    form: str,
+    n: int,
+    norm: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = rows.new_empty(rows.shape[0], n)
-    kernel = linear_kernel(form, rows.shape[1], n, rows.device)
-    kernel.launch(rows, *packed, out)
+    there = (norm is not None, gelu, residual is not None)
+    around = tuple(name for name, used in zip(AROUND, there) if used)
+    beside = [] if norm is None else [norm]
+    if residual is not None:
+        beside.append(residual.reshape(-1, n).contiguous())
+    kernel = linear_kernel(form, rows.shape[1], n, rows.device, around)
+    kernel.launch(rows, *packed, *beside, out)
     return out.view(*x.shape[:-1], n)
 
 
-def _linear_fake(x: Tensor, packed: list[Tensor], form: str, n: int) -> Tensor:
+def _linear_fake(
+    x: Tensor,
+    packed: list[Tensor],
+    form: str,
+    n: int,
+    norm: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
 

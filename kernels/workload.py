@@ -59,7 +59,9 @@ class Workload:
             factor per output channel); ``quantise`` (x to x_dtype, one scale per row);
             ``pack`` (x to bits by its sign); ``cast`` (x to x_dtype); ``both`` (both products of
             linear attention in one kernel); and around any linear ``layer_norm`` (of x, first),
-            ``gelu`` (of the result) and ``residual`` (added last).
+            ``gelu`` (of the result), ``residual`` (added last), ``gather`` (of the rows of x that
+            an index names) and ``scatter`` (of the result, times a weight per row, into the rows
+            that it names).
     """
 
     primitive: Primitive
@@ -127,7 +129,8 @@ class Workload:
         shape = f"{self.b}x{self.m}x{self.k}x{self.n}"
         codes = f" {self.alphabet}" if self.kind != "linear" else ""
         codes += " bf16" if self.out_dtype == "bfloat16" else ""
-        beside = [name for name in ("layer_norm", "bias", "gelu", "residual") if name in self.fused]
+        order = ("gather", "layer_norm", "bias", "gelu", "scatter", "residual")
+        beside = [name for name in order if name in self.fused]
         return f"{self.kind} {shape}{codes}" + "".join(f" +{name}" for name in beside)
 
     @property
@@ -326,7 +329,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 # What may be fused around any linear form without making another form of it.
-AROUND = ("layer_norm", "gelu", "residual")
+AROUND = ("layer_norm", "gelu", "residual", "gather", "scatter")
 
 
 def linear(form: str, m: int, k: int, n: int, around: tuple[str, ...] = ()) -> Workload:

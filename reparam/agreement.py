@@ -19,6 +19,8 @@ from kernels.packing import quantise_rows
 from kernels.workload import FORMS
 from reparam.add_attention import AddProducts
 from reparam.data import Data
+from reparam.deploy import deploy
+from reparam.deployed import DeployedAngular, DeployedMoE, Fused
 from reparam.moe import MoEMlp, moe_layers
 from reparam.mult import MultLinear
 from reparam.results import Agreement
@@ -49,14 +51,15 @@ def agreement(
 
     Args:
         trained: The model as it was trained.
-        deployed: What was made of it, with the same names of modules.
+        deployed: What was made of it; its layers keep their names.
         data: Task.
         differing: bool ``(images,)``, true where their predicted classes differ.
         batch_size: Images at a time.
     """
     traced, largest, start = 0, 0.0, 0
+    layers = deploy(trained, fuse=False)
     for images, _ in data.batches("test", batch_size, False):
-        largest = max(largest, layer_error(trained, deployed, images))
+        largest = max(largest, layer_error(trained, layers, images))
         for image in images[differing[start : start + len(images)]]:
             flip = first_flip(trained, deployed, image[None])
             traced += flip is not None and flip.gap <= ROUNDING
@@ -77,19 +80,23 @@ def layer_error(trained: nn.Module, deployed: nn.Module, images: Tensor) -> floa
     inside of an MoE layer is compared as part of it.
 
     Args:
-        trained, deployed: Both forms.
+        trained: The model as it was trained.
+        deployed: What was made of it, not fused.
         images: ``(b, c, h, w)``.
     """
     errors = [0.0]
     inside_moe = tuple(f"{fqn}." for fqn, _ in moe_layers(trained))
+    theirs = dict(deployed.named_modules())
     names = [
         fqn
         for fqn, module in trained.named_modules()
-        if not fqn.startswith(inside_moe) and type(deployed.get_submodule(fqn)) is not type(module)
+        if not fqn.startswith(inside_moe)
+        and fqn in theirs
+        and type(theirs[fqn]) is not type(module)
     ]
 
     def compare(fqn: str, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ours = deployed.get_submodule(fqn)(*inputs)
+        ours = theirs[fqn](*inputs)
         errors.append(float((ours - output).norm() / output.norm()))
 
     handles = [
@@ -131,25 +138,43 @@ def _decision_inputs(
     trained: nn.Module, form: nn.Module, image: Tensor
 ) -> tuple[dict[str, tuple[Any, ...]], Tensor]:
     """Inputs of each deciding module in order of execution, and the logits."""
-    found: dict[str, tuple[Any, ...]] = {}
+    found: dict[str, tuple[Tensor, ...]] = {}
 
     def note(fqn: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            found[fqn] = inputs
+            found[fqn] = _as_trained(module, inputs)
 
         return hook
 
+    parts = dict(form.named_modules())
     handles = [
-        form.get_submodule(fqn).register_forward_pre_hook(note(fqn))
+        parts[fqn].register_forward_pre_hook(note(fqn))
         for fqn, module in trained.named_modules()
-        if _decides(module)
+        if _decides(module) and fqn in parts
     ]
+    _set_by_steps(form, True)
     try:
         logits = form.eval()(image)
     finally:
+        _set_by_steps(form, False)
         for handle in handles:
             handle.remove()
     return found, logits
+
+
+def _set_by_steps(form: nn.Module, by_steps: bool) -> None:
+    for module in form.modules():
+        if isinstance(module, DeployedMoE):
+            module.by_steps = by_steps
+
+
+def _as_trained(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The inputs that the trained form of a module would decide on."""
+    if isinstance(module, DeployedAngular):
+        return module.split(inputs[0])
+    if isinstance(module, Fused):
+        return (module.normalised(inputs[0]),)
+    return inputs
 
 
 def _decides(module: nn.Module) -> bool:

@@ -3,106 +3,127 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-import kernels.torch_ops  # noqa: F401  registers torch.ops.shiftadd
-from kernels.packing import LinearParameters, pack_linear, quantise_weight
+from kernels.packing import quantise_weight
 from reparam.add_attention import AddAttention, AddProducts
+from reparam.deployed import (
+    DeployedAddAttention,
+    DeployedAddProducts,
+    DeployedAngular,
+    DeployedDepthwiseMlp,
+    DeployedLinear,
+    DeployedMlp,
+    DeployedMoE,
+)
+from reparam.fuse import fuse_
+from reparam.hashing import SignHash
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
 from reparam.shift import ShiftLinear
 
-
-class DeployedLinear(nn.Module):
-    """A linear on packed weights: fp32 ``(..., k)`` to ``(..., n)`` for any number of tokens."""
-
-    def __init__(self, parameters: LinearParameters) -> None:
-        super().__init__()
-        self.form = parameters.form
-        self.out_features, self.in_features = parameters.values.shape
-        packed = pack_linear(parameters)
-        self._names = [f"packed_{i}" for i in range(len(packed))]
-        for name, tensor in zip(self._names, packed):
-            self.register_buffer(name, tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One kernel: quantisation, product, scale and bias."""
-        packed = [getattr(self, name) for name in self._names]
-        return torch.ops.shiftadd.linear(x, packed, self.form, self.out_features)
-
-    def extra_repr(self) -> str:
-        """Sizes and form."""
-        return f"{self.in_features}, {self.out_features}, form={self.form}"
+_VECTOR = 16
 
 
-class DeployedAddProducts(nn.Module):
-    """Q(KᵀV) by additions alone in one kernel, which packs the codes itself."""
-
-    def __init__(self, alphabet: str) -> None:
-        super().__init__()
-        self.alphabet = alphabet
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As ``AddProducts``: q, k ``(b, tokens, bits)``, v ``(b, tokens, n)``."""
-        return torch.ops.shiftadd.add_attention(q, k, v, self.alphabet)
-
-
-class DeployedMoE(nn.Module):
-    """Top-1 dispatch: each token passes through one expert, weighted by its probability."""
-
-    def __init__(self, gate: DeployedLinear, experts: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.gate = gate
-        self.experts = nn.ModuleDict(experts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """fp32 ``(..., dim)`` to ``(..., n)``."""
-        tokens = x.reshape(-1, x.shape[-1])
-        probability, choice = self.gate(tokens).softmax(dim=-1).max(dim=-1, keepdim=True)
-        parts, places = [], []
-        for i, expert in enumerate(self.experts.values()):
-            index = torch.nonzero(choice[:, 0] == i).squeeze(1)
-            if len(index):
-                places.append(index)
-                parts.append(expert(tokens.index_select(0, index)))
-        gathered = torch.cat(parts)
-        y = torch.empty_like(gathered).index_copy_(0, torch.cat(places), gathered)
-        return (y * probability).reshape(*x.shape[:-1], -1)
-
-
-def deploy(model: nn.Module) -> nn.Module:
+def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     """A copy of a trained model for inference, its converted layers on TVM kernels.
 
-    A plain linear inside a converted layer (around an add attention that stage 2 has not reached,
-    or a router's) runs on our fp32 mult kernel, so that a converted layer holds no product of
-    torch's. Other layers stay torch's.
+    A plain linear inside a converted layer (around an add attention that stage 2 has not reached)
+    runs on our fp32 mult kernel, so that a converted layer holds no product of torch's. Other
+    layers stay torch's.
 
     Args:
         model: As ``reparameterize_`` and training left it; not changed.
+        fuse: Whether the layer norms, residual sums and layer scales of its blocks go into the
+            kernels too. Without, each layer stands where it stood and can be compared alone.
     """
-    return _deployed(copy.deepcopy(model)).eval()
+    deployed = _deployed(copy.deepcopy(model).eval(), fuse)
+    if fuse:
+        fuse_(deployed)
+    return deployed
 
 
-def _deployed(module: nn.Module, inside_converted: bool = False) -> nn.Module:
+def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> nn.Module:
     if isinstance(module, ShiftLinear | MultLinear):
-        return DeployedLinear(module.export())
+        return DeployedLinear.of(module.export())
     if isinstance(module, AddProducts):
         return DeployedAddProducts(module.alphabet)
     if inside_converted and isinstance(module, nn.Linear):
-        return DeployedLinear(quantise_weight("mult_fp32", module.weight, module.bias))
-    if isinstance(module, MoEMlp):
-        gate = DeployedLinear(
-            quantise_weight("mult_fp32", module.router.gate.weight, module.router.gate.bias)
-        )
-        experts = {name: _deployed(expert, True) for name, expert in module.experts.items()}
-        return DeployedMoE(gate, experts)
-    inside_converted = inside_converted or isinstance(module, AddAttention)
+        return DeployedLinear.of(quantise_weight("mult_fp32", module.weight, module.bias))
+    is_moe = isinstance(module, MoEMlp)
+    inside_converted = inside_converted or is_moe or isinstance(module, AddAttention)
     for name, child in module.named_children():
-        setattr(module, name, _deployed(child, inside_converted))
+        if not (is_moe and name == "router"):
+            # An expert is seen as part of its MoE alone.
+            setattr(module, name, _deployed(child, fuse or is_moe, inside_converted))
+    module = _in_one(module)
+    return _in_one_mlp(module) if fuse else module
+
+
+def _in_one(module: nn.Module) -> nn.Module:
+    """A module whose parts are deployed, in fewer kernels where we know how."""
+    if type(module) is AddAttention and module.alphabet == "pm1":
+        qkv, proj = module.qkv, module.proj
+        plain = (
+            isinstance(module.q_norm, nn.Identity)
+            and isinstance(module.k_norm, nn.Identity)
+            and isinstance(module.hashing, SignHash)
+        )
+        if plain and isinstance(qkv, DeployedLinear) and isinstance(proj, DeployedLinear):
+            conv = module.token_conv.weight.detach().flatten(1).contiguous()
+            return DeployedAddAttention(qkv, DeployedAngular(conv, module.alphabet), proj)
+    if isinstance(module, MoEMlp):
+        gate = module.router.gate
+        experts: dict[str, Any] = dict(module.experts.items())
+        if _alike(experts.values()):
+            return DeployedMoE(gate.weight.detach(), gate.bias.detach(), experts)
     return module
+
+
+def _alike(experts: Iterable[nn.Module]) -> bool:
+    """Whether one operator can dispatch to all: linears, or MLPs of two, of the same sizes."""
+    sizes = set()
+    for expert in experts:
+        parts = [expert] if isinstance(expert, DeployedLinear) else list(expert.children())
+        if not isinstance(expert, DeployedLinear | DeployedMlp):
+            return False
+        sizes.add(tuple((part.in_features, part.out_features) for part in parts))
+    return len(sizes) == 1
+
+
+def _in_one_mlp(module: nn.Module) -> nn.Module:
+    parts = dict(module.named_children())
+    fc1, fc2, act = parts.pop("fc1", None), parts.pop("fc2", None), parts.pop("act", None)
+    linears = isinstance(fc1, DeployedLinear | DeployedMoE) and isinstance(
+        fc2, DeployedLinear | DeployedMoE
+    )
+    if not (linears and isinstance(act, nn.GELU) and act.approximate == "none"):
+        return module
+    conv = parts.pop("dwconv", None)
+    if any(not isinstance(part, nn.Identity | nn.Dropout) for part in parts.values()):
+        return module
+    if conv is None and isinstance(fc1, DeployedLinear) and isinstance(fc2, DeployedLinear):
+        fc1.activated = True
+        return DeployedMlp(fc1, fc2)
+    if isinstance(conv, nn.Conv2d) and _is_plain_depthwise(conv):
+        weight = conv.weight.detach().flatten(1).T.contiguous()
+        return DeployedDepthwiseMlp(fc1, fc2, weight, conv.bias.detach())  # type: ignore[arg-type, union-attr]
+    return module
+
+
+def _is_plain_depthwise(conv: nn.Conv2d) -> bool:
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.in_channels % _VECTOR == 0
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.bias is not None
+    )
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -1,147 +1,162 @@
-"""What a model is worth: accuracy with its interval, and where its routers send the tokens."""
+"""Measures deployed models: against PyTorch's best, and how attention grows with its tokens.
+
+python -m reparam.evaluate --model deit_tiny_patch16_224 --versus-torch
+python -m reparam.evaluate --model pvt_v2_b0 --versus-torch --batch 1,8 --share 0,50,100
+python -m reparam.evaluate --scaling
+
+A model is converted as the shipped recipes do (add attention, int8 shifts around it, a mixture of
+int8 mult and shift experts) and deployed; its weights do not matter for its latency, the share of
+tokens on shift does, and is set. Results go to versus_torch.json and scaling.json in --out.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
 
+import timm
 import torch
-from scipy.stats import binomtest
-from torch import Tensor, nn
+import typer
+from rich.console import Console
+from rich.table import Table
+from timm.data import resolve_data_config
+from torch import nn
 
-from reparam.data import Data
-from reparam.moe import MoEMlp, moe_layers
+from kernels.torch_ops import set_threads
+from profiler.command_line import BadInput, output_folder, run
+from profiler.device import cpu_info
+from profiler.samples import PRESETS
+from reparam.convert import ConversionError, ReparamConfig, reparameterize_
+from reparam.deploy import deploy
 from reparam.results import Interval
+from reparam.scaling import Scaling, measure_scaling
+from reparam.versus_torch import Comparison, VersusTorch, compare, force_share_
+
+app = typer.Typer(add_completion=False)
+console = Console()
+
+# As the shipped recipes convert.
+_STAGES = (
+    ReparamConfig(attention="add"),
+    ReparamConfig(attention_linears="shift_int8", mlp="moe"),
+)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors are; the CPU for one without any."""
-    tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+@app.command(help=__doc__)
+def main(
+    model: Annotated[str, typer.Option(help="Any timm model.")] = "deit_tiny_patch16_224",
+    versus_torch: Annotated[
+        bool, typer.Option("--versus-torch", help="Whole models against PyTorch's best.")
+    ] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Attention from 64 to 16k tokens, add and softmax.")
+    ] = False,
+    batch: Annotated[str, typer.Option(help="Images at once, such as 1,8.")] = "1,8",
+    share: Annotated[
+        str, typer.Option(help="Percent of tokens on the shift expert, such as 0,50,100.")
+    ] = "0,50,100",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    preset: Annotated[
+        str, typer.Option(help=f"Precision of the timing: {', '.join(PRESETS)}.")
+    ] = "standard",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/evaluate"),
+) -> None:
+    """Reads top to bottom as the story of an evaluation."""
+    if not (versus_torch or scaling):
+        raise BadInput("nothing to do: give --versus-torch, --scaling or both")
+    if preset not in PRESETS:
+        raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    batches = _whole_numbers("--batch", batch, 1, 4096)
+    shares = _whole_numbers("--share", share, 0, 100)
+    device = cpu_info(threads)
+    folder = output_folder(out)
+    set_threads(threads)
+    header = {
+        "device": device,
+        "command": shlex.join(["python", "-m", "reparam.evaluate", *sys.argv[1:]]),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if versus_torch:
+        original, deployed_at = prepared(model)
+        comparisons = []
+        for images in batches:
+            example = _example(original, images)
+            ours = {f"deployed, {part} % shift": deployed_at(part / 100) for part in shares}
+            console.print(f"{model}, batch {images}: compiling and measuring, in turns")
+            comparisons.append(compare(model, original, ours, example, PRESETS[preset]))
+            console.print(_ratios(comparisons[-1]))
+        VersusTorch(**header, comparisons=comparisons).save(folder / "versus_torch.json")
+    if scaling:
+        console.print("growth of attention with its tokens: measuring, in turns")
+        rows = measure_scaling(PRESETS[preset])
+        found = Scaling(**header, rows=rows)
+        found.save(folder / "scaling.json")
+        console.print(found.table())
 
 
-@torch.no_grad()
-def predict(model: nn.Module, data: Data, split: str, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Predicted and true classes of one part of the data, in its own order.
+def prepared(name: str) -> tuple[nn.Module, Callable[[float], nn.Module]]:
+    """The original model, and a deployed conversion of it at a share of tokens on shift.
 
-    Args:
-        model: Classifier; left in evaluation mode.
-        data: Task.
-        split: ``train``, ``validation`` or ``test``; never augmented here.
-        batch_size: Images at a time.
-
-    Returns:
-        Predicted classes ``(images,)`` and labels ``(images,)``, on the CPU.
+    Raises:
+        BadInput: If timm has no such model.
     """
-    model.eval()
-    device = device_of(model)
-    guesses, labels = [], []
-    for x, y in data.batches(split, batch_size, False):
-        guesses.append(model(x.to(device)).argmax(dim=-1).cpu())
-        labels.append(y)
-    return torch.cat(guesses), torch.cat(labels)
-
-
-@contextmanager
-def dispatch_shares(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
-    """Counts, while it is open, where the MoE layers send their tokens.
-
-    Yields:
-        Filled on leaving: by MoE layer, the share of tokens of each expert, adding up to 1.
-    """
-    counts: dict[str, Tensor] = {}
-    shares: dict[str, dict[str, float]] = {}
-
-    def count(fqn: str, layer: MoEMlp) -> None:
-        assert layer.routing is not None
-        counts[fqn] = counts.get(fqn, 0) + layer.routing.counts.cpu()
-
-    handles = [
-        layer.register_forward_hook(lambda module, inputs, output, fqn=fqn: count(fqn, module))
-        for fqn, layer in moe_layers(model)
-    ]
+    torch.manual_seed(0)
     try:
-        yield shares
-    finally:
-        for handle in handles:
-            handle.remove()
-    for fqn, layer in moe_layers(model):
-        share = counts[fqn] / counts[fqn].sum()
-        shares[fqn] = dict(zip(layer.experts, share.tolist()))
+        original = timm.create_model(name).eval()
+        converted = timm.create_model(name).eval()
+    except RuntimeError as error:
+        raise BadInput(f"--model {name}: {error}") from error
+    for stage in _STAGES:
+        reparameterize_(converted, stage)
+
+    def deployed_at(share: float) -> nn.Module:
+        deployed = deploy(converted)
+        force_share_(deployed, share, _example(original, 1))
+        return deployed
+
+    return original, deployed_at
 
 
-def top1(guesses: Tensor, labels: Tensor) -> Interval:
-    """Top-1 accuracy in percent with its 95 % Wilson score interval.
-
-    Args:
-        guesses, labels: Classes ``(images,)``.
-
-    Source:
-        Wilson, 1927; Newcombe, Statistics in Medicine 17 (1998) 857, method 3.
-    """
-    correct, images = int((guesses == labels).sum()), len(labels)
-    low, high = _wilson(correct, images)
-    return Interval(value=100 * correct / images, low=100 * low, high=100 * high)
+def _example(model: nn.Module, images: int) -> torch.Tensor:
+    return torch.randn(images, *resolve_data_config({}, model=model)["input_size"])
 
 
-def _wilson(successes: int, trials: int) -> tuple[float, float]:
-    interval = binomtest(successes, trials).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+def _whole_numbers(option: str, text: str, least: int, largest: int) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(least <= number <= largest for number in numbers):
+        raise BadInput(f"{option} {text}: must be whole numbers of {least} to {largest}")
+    return numbers
 
 
-def paired_difference(changed: Tensor, original: Tensor, labels: Tensor) -> Interval:
-    """Accuracy of one model minus that of another on the same images, in points.
-
-    The interval respects that both saw the same images, and stays open where they never differ,
-    unlike a bootstrap's.
-
-    Args:
-        changed, original: Predicted classes ``(images,)``.
-        labels: True classes ``(images,)``.
-
-    Returns:
-        The difference with its 95 % interval.
-
-    Source:
-        Newcombe, Statistics in Medicine 17 (1998) 2635, method 10 (square-and-add of Wilson
-        intervals, with the correlation of the pairs).
-    """
-    first, second = changed == labels, original == labels
-    images = len(labels)
-    both, neither = int((first & second).sum()), int((~first & ~second).sum())
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    difference = (only_first - only_second) / images
-    p1, p2 = (both + only_first) / images, (both + only_second) / images
-    (low1, high1), (low2, high2) = (
-        _wilson(both + only_first, images),
-        _wilson(both + only_second, images),
+def _ratios(comparison: Comparison) -> Table:
+    table = Table(
+        title=f"{comparison.model}, batch {comparison.batch}, {comparison.image_size} pixels",
+        caption=f"best of PyTorch: {comparison.best_torch}; intervals 95 %",
     )
-    phi = _correlation(both, only_first, only_second, neither)
+    for heading in ("", "ms", "against PyTorch's best", "against fp32 eager"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for contestant in comparison.contestants:
+        table.add_row(
+            contestant.name,
+            contestant.reason or _figure(contestant.latency_ms, ".3f"),
+            _figure(comparison.speedup.get(contestant.name), ".2f", "×"),
+            _figure(comparison.speedup_eager.get(contestant.name), ".2f", "×"),
+        )
+    return table
 
-    def reach(a: float, b: float) -> float:
-        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
-    return Interval(
-        value=100 * difference,
-        low=100 * (difference - reach(p1 - low1, high2 - p2)),
-        high=100 * (difference + reach(high1 - p1, p2 - low2)),
-    )
+def _figure(interval: Interval | None, form: str, unit: str = "") -> str:
+    if interval is None:
+        return "–"
+    return f"{interval.value:{form}}{unit} ({interval.low:{form}} … {interval.high:{form}})"
 
 
-def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
-    """Continuity-corrected φ of the paired table, as Newcombe's method 10 has it."""
-    images = both + only_first + only_second + neither
-    margins = (
-        (both + only_first)
-        * (only_second + neither)
-        * (both + only_second)
-        * (only_first + neither)
-    )
-    if not margins:
-        return 0.0
-    excess = float(both * neither - only_first * only_second)
-    if excess > 0:
-        excess = max(0.0, excess - images / 2)
-    return excess / math.sqrt(margins)
+if __name__ == "__main__":
+    run(app, (ConversionError,))

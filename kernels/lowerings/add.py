@@ -13,7 +13,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
@@ -72,19 +72,41 @@ def _store(buffer: Any, value: Any, index: list[Any], lanes: int) -> None:
     T.buffer_store(buffer, value, index)
 
 
-def _fill_buckets(k: Any, v: Any, groups: list[Group], batch: Any, first: Any, last: Any) -> Any:
+class Rows(NamedTuple):
+    """One vector for each token of a sequence.
+
+    Attributes:
+        buffer: Where they are.
+        place: ``place(token)``: all indices but the last.
+    """
+
+    buffer: Any
+    place: Callable[[Any], list[Any]]
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        return int(self.buffer.shape[-1])
+
+
+def _rows(buffer: Any, batch: Any) -> Rows:
+    """One sequence of a ``(b, tokens, width)`` buffer."""
+    return Rows(buffer, lambda token: [batch, token])
+
+
+def _fill_buckets(k: Rows, v: Rows, groups: list[Group], first: Any, last: Any) -> Any:
     """Adds the value rows of tokens ``first..last`` to one bucket of each group."""
-    columns = list(spans(int(v.shape[2])))
-    held = local((row_count(groups), int(v.shape[2])))
+    columns = list(spans(v.width))
+    held = local((row_count(groups), v.width))
     with T.serial(0, held.shape[0]) as row:
         for offset, lanes in columns:
             T.buffer_store(held, fill(T.float32(0), lanes), [row, at(offset, lanes)])
     with T.serial(0, last - first) as step:
-        token = [batch, first + step]
-        for row in token_codes(k, token, groups):
+        token = first + step
+        for row in token_codes(k.buffer, k.place(token), groups):
             for offset, lanes in columns:
                 where = at(offset, lanes)
-                value = held[row, where] + _load(v, [*token, where], lanes)
+                value = held[row, where] + _load(v.buffer, [*v.place(token), where], lanes)
                 T.buffer_store(held, value, [row, where])
     return held
 
@@ -140,18 +162,33 @@ def _subset_sums(kv: Any, index: list[Any], groups: list[Group], plus_minus: boo
 
 
 def _look_up(
-    q: Any, table: Any, groups: list[Group], out: Any, batch: Any, first: Any, last: Any
+    q: Rows, table: Any, groups: list[Group], finish: Callable, first: Any, last: Any
 ) -> None:
-    """Writes, for tokens ``first..last``, the sum of one table row of each group."""
+    """Adds, for tokens ``first..last``, one table row of each group.
+
+    The sums of a token go to ``finish(token, sums)``, as ``(where, lanes, sum)`` each.
+    """
     with T.serial(0, last - first) as step:
-        token = [batch, first + step]
-        rows = token_codes(q, token, groups)
-        for offset, lanes in spans(int(out.shape[2])):
+        token = first + step
+        rows = token_codes(q.buffer, q.place(token), groups)
+        sums = []
+        for offset, lanes in spans(int(table.shape[1])):
             where = at(offset, lanes)
             total = table[rows[0], where]
             for row in rows[1:]:
                 total = total + table[row, where]
-            _store(out, total, [*token, where], lanes)
+            sums.append((where, lanes, total))
+        finish(token, sums)
+
+
+def _into(out: Any, batch: Any) -> Callable:
+    """A ``finish`` of ``_look_up`` that writes the sums as they are."""
+
+    def finish(token: Any, sums: list[tuple[Any, int, Any]]) -> None:
+        for where, lanes, total in sums:
+            _store(out, total, [batch, token, where], lanes)
+
+    return finish
 
 
 def _chunks(tokens: Any) -> tuple[Any, Any]:
@@ -163,16 +200,24 @@ def _chunks(tokens: Any) -> tuple[Any, Any]:
 
 
 def _key_value(
-    k: Any, v: Any, groups: list[Group], plus_minus: bool, out: Any, b: Any, tokens: Any
+    keys: Callable[[Any], tuple[Rows, Rows]],
+    groups: list[Group],
+    plus_minus: bool,
+    out: Any,
+    b: Any,
+    tokens: Any,
 ) -> None:
-    """KᵀV with each sequence cut into chunks, whose sums are added up at the end."""
+    """KᵀV with each sequence cut into chunks, whose sums are added up at the end.
+
+    ``keys(batch)`` are the keys and the values of one sequence.
+    """
     bits, n = int(out.shape[1]), int(out.shape[2])
     chunks, size = _chunks(tokens)
     parts = T.alloc_buffer((b * MOST_CHUNKS, bits, n), "float32", scope="global")
     with T.parallel(0, b * chunks) as task:
         batch, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
         first = tirx.min(chunk * size, tokens)
-        held = _fill_buckets(k, v, groups, batch, first, tirx.min(first + size, tokens))
+        held = _fill_buckets(*keys(batch), groups, first, tirx.min(first + size, tokens))
 
         def keep(bit: Any, where: Any, value: Any, lanes: int) -> None:
             T.buffer_store(parts, value, [batch * MOST_CHUNKS + chunk, bit, where])
@@ -190,15 +235,64 @@ def _key_value(
 
 
 def _query(
-    q: Any, kv: Any, groups: list[Group], plus_minus: bool, out: Any, b: Any, tokens: Any
+    queries: Callable[[Any], tuple[Rows, Callable]],
+    kv: Any,
+    groups: list[Group],
+    plus_minus: bool,
+    b: Any,
+    tokens: Any,
 ) -> None:
-    """Q(KᵀV) with each sequence cut into chunks, each with a table of its own."""
+    """Q(KᵀV) with each sequence cut into chunks, each with a table of its own.
+
+    ``queries(batch)`` are the queries of one sequence, and what is done with their sums.
+    """
     chunks, size = _chunks(tokens)
     with T.parallel(0, b * chunks) as task:
         batch, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
         first = tirx.min(chunk * size, tokens)
         table = _subset_sums(kv, [batch], groups, plus_minus)
-        _look_up(q, table, groups, out, batch, first, tirx.min(first + size, tokens))
+        q, finish = queries(batch)
+        _look_up(q, table, groups, finish, first, tirx.min(first + size, tokens))
+
+
+def add_attention(
+    sequence: Callable[[Any], tuple[Rows, Rows, Rows]],
+    finish: Callable[[Any], Callable],
+    groups: list[Group],
+    plus_minus: bool,
+    b: Any,
+    tokens: Any,
+    split: bool,
+) -> None:
+    """Emits Q(KᵀV) of ``b`` sequences in parallel.
+
+    Args:
+        sequence: ``sequence(batch)``: queries, keys and values of one.
+        finish: ``finish(batch)(token, sums)``: what is done with the sums of a token, which are
+            ``(where, lanes, sum)`` each.
+        groups: Of the code bits.
+        plus_minus: Whether codes are ±1; else {0, 1}.
+        b, tokens: Sequences, and the length of each.
+        split: Cut each into chunks.
+    """
+    q, _, v = sequence(_i32(0))
+    bits, n = q.width, v.width
+    if split:
+        kv = T.alloc_buffer((b, bits, n), "float32", scope="global")
+        _key_value(lambda batch: sequence(batch)[1:], groups, plus_minus, kv, b, tokens)
+        _query(lambda batch: (sequence(batch)[0], finish(batch)), kv, groups, plus_minus, b, tokens)
+        return
+    with T.parallel(0, b) as batch:
+        q, k, v = sequence(batch)
+        held = _fill_buckets(k, v, groups, _i32(0), tokens)
+        own = local((bits, n))
+
+        def store(bit: Any, where: Any, value: Any, lanes: int) -> None:
+            T.buffer_store(own, value, [bit, where])
+
+        _combine_buckets(held, groups, plus_minus, store)
+        table = _subset_sums(own, [], groups, plus_minus)
+        _look_up(q, table, groups, finish(batch), _i32(0), tokens)
 
 
 def buckets(
@@ -224,10 +318,12 @@ def buckets(
         v = argument("v", (b, tokens, n), element)
         out = argument("out", (b, bits, n), element)
         if split:
-            _key_value(k, v, groups, plus_minus, out, b, tokens)
+            _key_value(
+                lambda batch: (_rows(k, batch), _rows(v, batch)), groups, plus_minus, out, b, tokens
+            )
             return
         with T.parallel(0, b) as batch:
-            held = _fill_buckets(k, v, groups, batch, _i32(0), tokens)
+            held = _fill_buckets(_rows(k, batch), _rows(v, batch), groups, _i32(0), tokens)
 
             def store(bit: Any, where: Any, value: Any, lanes: int) -> None:
                 _store(out, value, [batch, bit, where], lanes)
@@ -253,11 +349,18 @@ def tables(
         kv = argument("kv", (b, bits, n), element)
         out = argument("out", (b, tokens, n), element)
         if split:
-            _query(q, kv, groups, plus_minus, out, b, tokens)
+            _query(
+                lambda batch: (_rows(q, batch), _into(out, batch)),
+                kv,
+                groups,
+                plus_minus,
+                b,
+                tokens,
+            )
             return
         with T.parallel(0, b) as batch:
             table = _subset_sums(kv, [batch], groups, plus_minus)
-            _look_up(q, table, groups, out, batch, _i32(0), tokens)
+            _look_up(_rows(q, batch), table, groups, _into(out, batch), _i32(0), tokens)
 
     return program(body, SIGN_BITS)
 
@@ -278,20 +381,12 @@ def both(
         k = argument("k", (b, tokens, bits), element)
         v = argument("v", (b, tokens, n), element)
         out = argument("out", (b, tokens, n), element)
-        if split:
-            kv = T.alloc_buffer((b, bits, n), "float32", scope="global")
-            _key_value(k, v, groups, plus_minus, kv, b, tokens)
-            _query(q, kv, groups, plus_minus, out, b, tokens)
-            return
-        with T.parallel(0, b) as batch:
-            held = _fill_buckets(k, v, groups, batch, _i32(0), tokens)
-            own = local((bits, n))
 
-            def store(bit: Any, where: Any, value: Any, lanes: int) -> None:
-                T.buffer_store(own, value, [bit, where])
+        def sequence(batch: Any) -> tuple[Rows, Rows, Rows]:
+            return _rows(q, batch), _rows(k, batch), _rows(v, batch)
 
-            _combine_buckets(held, groups, plus_minus, store)
-            table = _subset_sums(own, [], groups, plus_minus)
-            _look_up(q, table, groups, out, batch, _i32(0), tokens)
+        add_attention(
+            sequence, lambda batch: _into(out, batch), groups, plus_minus, b, tokens, split
+        )
 
     return program(body, SIGN_BITS)

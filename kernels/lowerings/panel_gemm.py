@@ -92,6 +92,8 @@ class _Operands(NamedTuple):
     offset: Any
     norm: Any
     residual: Any
+    rows: Any
+    row_weight: Any
     out: Any
 
 
@@ -102,14 +104,14 @@ def linear_panels(
     unit: Unit,
     stored: Stored,
 ) -> tirx.PrimFunc:
-    """A linear: ``main(x, w, [scale,] bias, [offset,] [norm,] [residual,] out)``.
+    """A linear: ``main(x, w, [scale,] bias, [offset,] [norm,] [residual,] [rows, [weight,]] out)``.
 
     Activations that are normalised, quantised or rounded first (``workload.fused``) go through a
     workspace, a block of rows at a time. int8 codes are multiplied as unsigned bytes; what the
     shift by 128 adds, ``offset[plane, n]``, is taken off at the end.
 
     Args:
-        workload: A linear; its m is taken from x at each launch.
+        workload: A linear; its m is taken from x, or from rows where there are any, at each launch.
         target: The CPU.
         schedule: Of ``schedule_space``.
         unit: Multiplies and adds.
@@ -149,8 +151,13 @@ def linear_panels(
                     if activated:
                         T.buffer_store(done, gelu(value, scratch), [at(v * LANES, LANES)])
                         value = done[at(v * LANES, LANES)]
+                    if given.row_weight is not None:
+                        value = value * fill(given.row_weight[first[0] + r], LANES)
                     vectors.append(value)
-                _store_row(given.out, given.residual, first[0] + r, panel, workload.n, vectors)
+                row = first[0] + r
+                if given.row_weight is not None:
+                    row = given.rows[row]
+                _store_row(given.out, given.residual, row, panel, workload.n, vectors)
 
         def direct(rows: int, first: Any, panel: Any) -> None:
             def activation(r: int, kk: Any) -> Any:
@@ -160,7 +167,7 @@ def linear_panels(
 
             finish(rows, (first, first), panel, product(rows, panel, activation), None)
 
-        if not {"quantise", "cast", "layer_norm"} & set(workload.fused):
+        if not {"quantise", "cast", "layer_norm", "gather"} & set(workload.fused):
             tiles(m, panels, *cut, direct)
             return
         for start, rows_here, prepared, row_scale in _prepared(workload, unit, given, m, cut[0]):
@@ -186,15 +193,20 @@ def _declare(workload: Workload, unit: Unit, stored: Stored, m: Any) -> _Operand
     def if_fused(step: str, name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Any:
         return argument(name, shape, dtype) if step in fused else None
 
+    indexed = "scatter" if "scatter" in fused else "gather"
+    sources = T.int32() if "gather" in fused else m
+    places = T.int32() if "scatter" in fused else m
     return _Operands(
-        x=argument("x", (m, k), "float32"),
+        x=argument("x", (sources, k), "float32"),
         w=argument("w", (panels, steps, VECTORS * stored.width), stored.dtype),
         scale=if_fused("scale", "scale", (padded,)),
         bias=argument("bias", (padded,), "float32"),
         offset=if_fused("quantise", "offset", (len(stored.planes) * padded,), "int32"),
         norm=if_fused("layer_norm", "norm", (2 * k + 1,)),
-        residual=if_fused("residual", "residual", (m, n)),
-        out=argument("out", (m, n), "float32"),
+        residual=if_fused("residual", "residual", (places, n)),
+        rows=if_fused(indexed, "rows", (m,), "int32"),
+        row_weight=if_fused("scatter", "row_weight", (m,)),
+        out=argument("out", (places, n), "float32"),
     )
 
 
@@ -217,6 +229,10 @@ def _prepared(
         rows_here = tirx.min(m - start, tirx.const(block, "int32"))
         with T.parallel(0, rows_here) as slot:
             source, row = given.x, start + slot
+            if "gather" in fused:
+                held = local(1, "int32")
+                T.buffer_store(held, given.rows[row], [0])
+                row = held[0]
             if "layer_norm" in fused:
                 source, row = normalise_row(source, row, k, given.norm), tirx.const(0, "int32")
             if "quantise" in fused:

@@ -55,7 +55,9 @@ def test_linear_matches_the_oracle(form, shape):
 
 
 @pytest.mark.parametrize("form", LINEAR)
-@pytest.mark.parametrize("around", [AROUND, ("gelu",), ("layer_norm",), ("residual",)])
+@pytest.mark.parametrize(
+    "around", [AROUND, ("gelu",), ("layer_norm",), ("residual",), ("gather",), ("scatter",)]
+)
 def test_neighbours_fused_around_a_linear_match_the_oracle(around, form):
     for shape in ((17, 37, 33), (9, 64, 96)):
         workload = linear(form, *shape, around)

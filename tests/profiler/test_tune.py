@@ -162,7 +162,7 @@ def test_a_busy_machine_gives_no_record_and_says_so(command, monkeypatch, tmp_pa
 
 
 def test_a_wrong_kernel_is_never_timed(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "max_abs_error", lambda *operands: (3.0, False))
+    monkeypatch.setattr(tune, "checker", lambda *operands: lambda out: (3.0, False))
     monkeypatch.setattr(tune, "measure_interleaved", None)
     code, out, _ = command()
     assert code == 0 and "wrong: off by 3" in out

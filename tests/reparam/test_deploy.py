@@ -4,7 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.convert import ReparamConfig, reparameterize_
-from reparam.deploy import DeployedMoE, deploy, stored_bytes
+from reparam.deploy import deploy, stored_bytes
+from reparam.deployed import DeployedMoE
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_int_mm", "einsum", "mv", "dot")
 
@@ -58,7 +59,7 @@ def test_no_torch_product_runs_inside_a_converted_layer(stages):
         deployed(torch.randn(3, 1, 16, 16))
     assert not _torch_products(recorder)
     ours = {name for library, name in recorder.calls if library == "shiftadd"}
-    assert ours == {"linear", "add_attention"}
+    assert ours == {"linear", "angular_attention"} | ({"moe"} if MOE in stages else set())
 
 
 def test_the_recorder_sees_products_of_an_undeployed_model():
@@ -73,7 +74,7 @@ def test_the_recorder_sees_products_of_an_undeployed_model():
 )
 def test_each_deployed_layer_agrees_with_its_training_form(stages):
     model, converted = _converted(*stages)
-    deployed = deploy(model)
+    deployed = deploy(model, fuse=False)
     seen = {}
     for name in converted:
         model.get_submodule(name).register_forward_hook(
@@ -84,6 +85,58 @@ def test_each_deployed_layer_agrees_with_its_training_form(stages):
         for name, (inputs, output) in seen.items():
             again = deployed.get_submodule(name)(*inputs)
             torch.testing.assert_close(again, output, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name, changes, mlp",
+    [
+        ("vit_tiny_patch16_224", {"img_size": 48, "depth": 2}, "shift_int8"),
+        ("deit3_small_patch16_224", {"img_size": 48, "depth": 2}, "moe"),
+        ("pvt_v2_b0", {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (1, 2)}, "moe"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (2,), "embed_dim": 48}, "moe"),
+    ],
+)
+def test_a_fused_model_computes_what_the_layers_compute(name, changes, mlp):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **changes)
+    stages = [{"mlp": mlp}]
+    if not name.startswith("swin"):
+        stages = [STAGE1, {"attention_linears": "shift_int8", "mlp": mlp}]
+    model, _ = _converted(*stages, model=model)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.3)
+    x = torch.randn(2, 3, *([48, 48] if "patch16" in name else [56, 56]))
+    with torch.no_grad():
+        separate, fused = deploy(model, fuse=False), deploy(model)
+        assert any(isinstance(part, torch.fx.GraphModule) for part in fused.modules())
+        expected, actual = separate(x), fused(x)
+    # A code within rounding of its threshold may fall on either side.
+    assert (actual - expected).norm() < 2e-2 * expected.norm()
+    norms = sum(isinstance(part, torch.nn.LayerNorm) for part in separate.modules())
+    assert sum(isinstance(part, torch.nn.LayerNorm) for part in fused.modules()) < norms
+
+
+def test_looking_at_each_expert_changes_nothing():
+    model, _ = _converted(STAGE1, MOE)
+    deployed, x = deploy(model), torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        expected = deployed(x)
+        for part in deployed.modules():
+            if isinstance(part, DeployedMoE):
+                part.by_steps = True
+        torch.testing.assert_close(deployed(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_deployed_model_compiles_and_exports():
+    model, _ = _converted(STAGE1, MOE)
+    deployed, x = deploy(model), torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        expected = deployed(x)
+        exported = torch.export.export(deployed, (x,)).module()
+        torch.testing.assert_close(exported(x), expected)
+        compiled = torch.compile(deployed, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
 
 
 def test_deploying_leaves_the_trained_model_alone():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reparam.data import Data
-from reparam.evaluate import paired_difference, predict, top1
+from reparam.accuracy import paired_difference, predict, top1
 
 
 def table(both, only_first, only_second, neither):

@@ -1,0 +1,34 @@
+"""Kernels of what lies around the products of a deployed layer, each built once a process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from tvm import tirx
+
+from kernels.build import compile_program
+from kernels.lowerings.angular import angular_attention
+from kernels.lowerings.depthwise import depthwise_gelu
+from kernels.lowerings.routing import top1_routing
+from kernels.targets import cpu_target
+
+LAYER_KERNELS: dict[str, Callable[..., tirx.PrimFunc]] = {
+    "angular_attention": angular_attention,
+    "depthwise_gelu": depthwise_gelu,
+    "top1_routing": top1_routing,
+}
+
+
+@functools.cache
+def layer_kernel(name: str, *fixed: int | bool | str) -> Callable[..., None]:
+    """A kernel for this machine's CPU, launched on tensors into the last of them.
+
+    Args:
+        name: In LAYER_KERNELS.
+        fixed: Arguments of its definition but the target; all other sizes are those of the
+            tensors.
+    """
+    target = cpu_target()
+    main: Callable[..., None] = compile_program(LAYER_KERNELS[name](*fixed, target), target)["main"]
+    return main

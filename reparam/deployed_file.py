@@ -1,0 +1,183 @@
+"""A deployed model as two files: NAME.safetensors with all tensors, NAME.json with what they are.
+
+    save_deployed(deployed, "model.json", create={"model_name": "deit_tiny_patch16_224"})
+    deployed = load_deployed("model.json")
+
+The JSON says which timm model it began as and what stands where in it; loading executes nothing
+but timm's own constructor of that name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reparam.add_attention import AddAttention
+from reparam.deployed import (
+    DeployedAddAttention,
+    DeployedAddProducts,
+    DeployedAngular,
+    DeployedDepthwiseMlp,
+    DeployedLinear,
+    DeployedMlp,
+    DeployedMoE,
+)
+from reparam.fuse import fuse_
+
+_FORMAT, _VERSION = "shiftadd-deployed", 1
+
+
+class DeployedFileError(ValueError):
+    """A deployed model that cannot be saved or read; the message names the file and the key."""
+
+
+def save_deployed(model: nn.Module, path: str | Path, create: dict[str, Any]) -> None:
+    """Writes a deployed model, as ``deploy`` returned it.
+
+    Args:
+        model: Deployed, fused or not.
+        path: Of the JSON; the tensors go beside it.
+        create: Arguments of ``timm.create_model`` that made the original, as plain JSON.
+
+    Raises:
+        DeployedFileError: If a module cannot be described.
+    """
+    path = Path(path)
+    modules = {fqn: _spec(fqn, module) for fqn, module in _outermost(model)}
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "create": create,
+        "fused": any(isinstance(module, torch.fx.GraphModule) for module in model.modules()),
+        "modules": modules,
+    }
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    for target, write in (
+        (path.with_suffix(".safetensors"), lambda part: save_file(tensors, part)),
+        (path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n")),
+    ):
+        part = target.with_name(target.name + ".part")
+        write(part)
+        part.replace(target)
+
+
+def load_deployed(path: str | Path) -> nn.Module:
+    """Reads what ``save_deployed`` wrote, ready for inference.
+
+    Raises:
+        DeployedFileError: If a file is missing, of another format, or its parts do not fit.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        tensors = load_file(path.with_suffix(".safetensors"))
+    except (OSError, ValueError) as error:
+        raise DeployedFileError(f"{path}: cannot be read ({error})") from error
+    except Exception as error:  # safetensors has an error class of its own
+        raise DeployedFileError(f"{path.with_suffix('.safetensors')}: {error}") from error
+    for key, expected in (("format", _FORMAT), ("version", _VERSION)):
+        if not isinstance(content, dict) or content.get(key) != expected:
+            raise DeployedFileError(f"{path}: {key}: must be {expected!r}")
+    try:
+        model = timm.create_model(**{**content["create"], "pretrained": False}).eval()
+        for fqn, spec in content["modules"].items():
+            model.set_submodule(fqn, _made(spec))
+        if content["fused"]:
+            fuse_(model)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DeployedFileError(f"{path}: modules do not fit the model ({error!r})") from error
+    try:
+        # In place of the constructor's tensors: those of layer norms have other shapes.
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise DeployedFileError(f"{path.with_suffix('.safetensors')}: {error}") from error
+    return model.requires_grad_(False)
+
+
+def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Deployed modules that lie in no other."""
+    for name, child in model.named_children():
+        fqn = f"{prefix}{name}"
+        if type(child).__name__.startswith("Deployed") or isinstance(child, AddAttention):
+            yield fqn, child
+        else:
+            yield from _outermost(child, f"{fqn}.")
+
+
+def _spec(fqn: str, module: nn.Module) -> dict[str, Any]:
+    """What a module is, without its tensors' values."""
+
+    def tensors(*names: str) -> dict[str, list[Any]]:
+        return {name: _shape(getattr(module, name)) for name in names}
+
+    def inner(name: str) -> dict[str, Any]:
+        return _spec(f"{fqn}.{name}", module.get_submodule(name))
+
+    if isinstance(module, DeployedLinear):
+        return {
+            "is": "linear",
+            "form": module.form,
+            "k": module.in_features,
+            "n": module.out_features,
+            "activated": module.activated,
+            "packed": [_shape(tensor) for tensor in module.packed],
+        }
+    if isinstance(module, DeployedAngular):
+        return {"is": "angular", "alphabet": module.alphabet, **tensors("conv")}
+    if isinstance(module, DeployedAddAttention):
+        return {"is": "add_attention"} | {n: inner(n) for n in ("qkv", "add_products", "proj")}
+    if isinstance(module, DeployedAddProducts):
+        return {"is": "add_products", "alphabet": module.alphabet}
+    if isinstance(module, DeployedMlp):
+        return {"is": "mlp", "fc1": inner("fc1"), "fc2": inner("fc2")}
+    if isinstance(module, DeployedDepthwiseMlp):
+        return {
+            "is": "depthwise_mlp",
+            "fc1": inner("fc1"),
+            "fc2": inner("fc2"),
+            **tensors("weight", "bias"),
+        }
+    if isinstance(module, DeployedMoE):
+        experts = {name: inner(f"experts.{name}") for name in module.experts}
+        return {"is": "moe", "experts": experts, **tensors("gate", "gate_bias")}
+    raise DeployedFileError(f"{fqn}: a {type(module).__name__} cannot be saved yet")
+
+
+def _shape(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+
+
+def _empty(shape: list[Any]) -> Tensor:
+    dtype, *sizes = shape
+    return torch.zeros(sizes, dtype=getattr(torch, dtype))
+
+
+def _made(spec: dict[str, Any]) -> Any:
+    """The module of a ``_spec``, its tensors zero."""
+    kind = spec["is"]
+    if kind == "linear":
+        packed = tuple(_empty(shape) for shape in spec["packed"])
+        return DeployedLinear(spec["form"], spec["k"], spec["n"], packed, spec["activated"])
+    if kind == "angular":
+        return DeployedAngular(_empty(spec["conv"]), spec["alphabet"])
+    if kind == "add_products":
+        return DeployedAddProducts(spec["alphabet"])
+    if kind == "add_attention":
+        return DeployedAddAttention(*(_made(spec[n]) for n in ("qkv", "add_products", "proj")))
+    if kind == "mlp":
+        return DeployedMlp(_made(spec["fc1"]), _made(spec["fc2"]))
+    if kind == "depthwise_mlp":
+        return DeployedDepthwiseMlp(
+            _made(spec["fc1"]), _made(spec["fc2"]), _empty(spec["weight"]), _empty(spec["bias"])
+        )
+    if kind == "moe":
+        experts = {name: _made(expert) for name, expert in spec["experts"].items()}
+        return DeployedMoE(_empty(spec["gate"]), _empty(spec["gate_bias"]), experts)
+    raise ValueError(f"is: {kind!r} is no deployed module")

@@ -1,0 +1,259 @@
+"""A deployed model against the best that PyTorch offers for the original, on this machine."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from profiler.device import DeviceInfo
+from profiler.samples import Timing, TimingSettings, paired_ratio
+from profiler.timing import measure_interleaved
+from reparam.deployed import DeployedMoE
+from reparam.results import Interval
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class Contestant(BaseModel):
+    """One way to run a model.
+
+    Attributes:
+        name: Such as ``compile bf16`` or ``deployed, 50 % shift``.
+        ours: Whether it is a deployed model.
+        latency_ms: With its 95 % interval; None with a reason.
+        reason: Why there is no figure.
+    """
+
+    model_config = _FROZEN
+
+    name: str
+    ours: bool
+    latency_ms: Interval | None
+    reason: str | None = None
+
+
+class Comparison(BaseModel):
+    """All ways to run one model at one batch, measured in turns.
+
+    Attributes:
+        contestants: Every way that was tried.
+        best_torch: The fastest of PyTorch's; None if none ran.
+        speedup: By name of ours, latency of ``best_torch`` over its own, with 95 % interval.
+        speedup_eager: The same against fp32 eager.
+    """
+
+    model_config = _FROZEN
+
+    model: str
+    batch: int
+    image_size: int
+    contestants: list[Contestant]
+    best_torch: str | None
+    speedup: dict[str, Interval]
+    speedup_eager: dict[str, Interval]
+
+
+class VersusTorch(BaseModel):
+    """Schema of versus_torch.json."""
+
+    model_config = _FROZEN
+
+    format: Literal["shiftadd-versus-torch"] = "shiftadd-versus-torch"
+    version: Literal[1] = 1
+    device: DeviceInfo
+    command: str
+    created_at: str
+    comparisons: list[Comparison]
+
+    def save(self, path: Path) -> None:
+        """Writes versus_torch.json."""
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> VersusTorch:
+        """Reads versus_torch.json.
+
+        Raises:
+            ValueError: If it is none of ours or of another version.
+        """
+        return cls.model_validate_json(path.read_text())
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _bf16(model: nn.Module) -> nn.Module:
+    return _Cast(model.bfloat16())
+
+
+def _int8(model: nn.Module) -> nn.Module:
+    quantised: nn.Module = torch.ao.quantization.quantize_dynamic(
+        model, {nn.Linear}, dtype=torch.qint8
+    )
+    return quantised
+
+
+class _Cast(nn.Module):
+    """fp32 in and out around a model in bf16: as all others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.bfloat16()).float()
+
+
+# What a user of PyTorch could pick without another package: how, and whether it is compiled.
+_TORCH: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
+    "eager fp32": (_eager, False),
+    "eager bf16": (_bf16, False),
+    "eager int8 dynamic": (_int8, False),
+    "compile fp32": (_eager, True),
+    "compile bf16": (_bf16, True),
+}
+EAGER = "eager fp32"
+
+
+def torch_contestants(
+    model: nn.Module, example: Tensor
+) -> Iterator[tuple[str, nn.Module | None, str]]:
+    """PyTorch's ways to run a model: (name, the model run once, or None with the reason).
+
+    Compiled ones are frozen (constants folded, weights packed), the fastest that inductor offers.
+    """
+    for name, (prepare, compiled) in _TORCH.items():
+        if compiled and not shutil.which("g++"):
+            yield name, None, "torch.compile needs g++, which is not installed"
+            continue
+        try:
+            candidate = prepare(copy.deepcopy(model).eval())
+            if compiled:
+                candidate.compile(options={"freezing": True})
+            with torch.no_grad():
+                candidate(example)
+        except Exception as error:  # whatever its back end raises, the others are measured
+            yield name, None, f"failed: {' '.join(str(error).split())[:200]}"
+            continue
+        yield name, candidate, ""
+
+
+@torch.no_grad()
+def force_share_(deployed: nn.Module, share: float, example: Tensor) -> None:
+    """Makes each router send a share of the example's tokens to the last expert.
+
+    The gate becomes a random direction with the quantile of its products as the threshold: tokens
+    are split by what they are, as a trained router does, and not in blocks.
+
+    Args:
+        deployed: With MoE layers of two experts.
+        share: Of tokens for the second expert, 0 to 1.
+        example: Input of the model.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def aim(layer: DeployedMoE, inputs: tuple[Tensor, ...]) -> None:
+        tokens = layer.normalised(inputs[0]).flatten(0, -2)
+        direction = torch.randn(tokens.shape[1], generator=generator)
+        products = tokens @ direction
+        if 0 < share < 1:
+            threshold = float(products.quantile(1 - share))
+        else:
+            threshold = float(products.abs().max()) * 10 * (1 - 2 * share)
+        layer.gate = torch.stack((-direction, direction)) / 2
+        layer.gate_bias = torch.tensor([threshold, -threshold]) / 2
+
+    handles = [
+        module.register_forward_pre_hook(aim)
+        for module in deployed.modules()
+        if isinstance(module, DeployedMoE)
+    ]
+    try:
+        deployed(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare(
+    name: str,
+    original: nn.Module,
+    deployed: dict[str, nn.Module],
+    example: Tensor,
+    settings: TimingSettings,
+) -> Comparison:
+    """Times ours and PyTorch's ways of one model in turns, in one run.
+
+    Args:
+        name: Of the model.
+        original: Before any conversion.
+        deployed: Ours by name.
+        example: ``(b, c, h, w)``.
+        settings: How precisely.
+    """
+    models: dict[str, nn.Module] = {}
+    failed: dict[str, str] = {}
+    for way, model, reason in torch_contestants(original, example):
+        if model is None:
+            failed[way] = reason
+        else:
+            models[way] = model
+    launches = {way: _launch(model, example) for way, model in (models | deployed).items()}
+    with torch.no_grad():
+        timings = measure_interleaved(launches, settings)
+    contestants = [
+        Contestant(
+            name=way,
+            ours=way in deployed,
+            latency_ms=_interval(timings[way]),
+            reason=timings[way].reason,
+        )
+        for way in launches
+    ] + [
+        Contestant(name=way, ours=False, latency_ms=None, reason=reason)
+        for way, reason in failed.items()
+    ]
+    known = {way: t.latency_ms for way in models if (t := timings[way]).latency_ms is not None}
+    best = min(known, key=lambda way: known[way]) if known else None
+
+    def speedups(against: str | None) -> dict[str, Interval]:
+        if against is None or against not in timings:
+            return {}
+        ratios = {way: paired_ratio(timings[against], timings[way]) for way in deployed}
+        return {
+            way: Interval(value=ratio.value, low=ratio.low, high=ratio.high)
+            for way, ratio in ratios.items()
+            if ratio is not None
+        }
+
+    return Comparison(
+        model=name,
+        batch=len(example),
+        image_size=example.shape[-1],
+        contestants=contestants,
+        best_torch=best,
+        speedup=speedups(best),
+        speedup_eager=speedups(EAGER),
+    )
+
+
+def _launch(model: nn.Module, example: Tensor) -> Callable[[], None]:
+    def launch() -> None:
+        model(example)
+
+    return launch
+
+
+def _interval(timing: Timing) -> Interval | None:
+    if timing.latency_ms is None:
+        return None
+    assert timing.latency_low_ms is not None and timing.latency_high_ms is not None
+    return Interval(value=timing.latency_ms, low=timing.latency_low_ms, high=timing.latency_high_ms)

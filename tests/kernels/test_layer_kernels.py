@@ -1,0 +1,68 @@
+"""The kernels around the products against torch's operators in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels.layer_kernels import layer_kernel
+
+
+def _angular(qkv, conv, alphabet):
+    _, tokens, _, _, head_dim = qkv.shape
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4).unbind(0)
+    low = -1.0 if alphabet == "pm1" else 0.0
+    q, k = ((x > 0).double() * (1 - low) + low for x in (q, k))
+    y = v / 2 + q @ (k.transpose(-1, -2) @ v) / (math.pi * head_dim * math.sqrt(tokens))
+    heads, window = conv.shape
+    near = F.conv2d(
+        v, conv.double().view(heads, 1, window, 1), padding=(window // 2, 0), groups=heads
+    )
+    return (F.normalize(y, dim=-1) + near).transpose(1, 2)
+
+
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    "images, tokens, heads, head_dim",
+    [(1, 1, 1, 16), (2, 33, 3, 32), (1, 197, 3, 64), (3, 50, 2, 24)],
+)
+def test_angular_attention(images, tokens, heads, head_dim, split, alphabet):
+    qkv = torch.randn(images, tokens, 3, heads, head_dim)
+    conv = torch.randn(heads, 9)
+    out = torch.full((images, tokens, heads, head_dim), math.nan)
+    layer_kernel("angular_attention", head_dim, 9, alphabet, split, 4)(qkv, conv, out)
+    torch.testing.assert_close(out.double(), _angular(qkv, conv, alphabet), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("m, k, experts", [(1, 5, 2), (200, 64, 2), (77, 40, 5)])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_top1_routing(m, k, experts, normalised):
+    x, gate, bias = torch.randn(m, k), torch.randn(experts, k), torch.randn(experts)
+    norm = torch.cat((torch.rand(k) + 0.5, torch.randn(k), torch.tensor([1e-6])))
+    tokens = F.layer_norm(x, (k,), norm[:k], norm[k : 2 * k], 1e-6) if normalised else x
+    expected, choice = F.linear(tokens, gate, bias).softmax(-1).max(-1)
+    rows, counts = torch.empty(m, dtype=torch.int32), torch.empty(experts, dtype=torch.int32)
+    probability = torch.empty(m)
+    given = (x, gate, bias, norm) if normalised else (x, gate, bias)
+    layer_kernel("top1_routing", k, experts, normalised)(*given, rows, probability, counts)
+    assert counts.tolist() == torch.bincount(choice, minlength=experts).tolist()
+    assert rows.tolist() == torch.argsort(choice, stable=True).tolist()
+    torch.testing.assert_close(probability, expected[rows.long()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images, height, width, channels", [(1, 1, 1, 16), (2, 5, 7, 48), (1, 8, 2, 32)]
+)
+@pytest.mark.parametrize("activated", [False, True])
+def test_depthwise_gelu(images, height, width, channels, activated):
+    x, weight = torch.randn(images, height, width, channels), torch.randn(channels, 1, 3, 3)
+    bias, out = torch.randn(channels), torch.empty_like(x)
+    taps = weight.flatten(1).T.contiguous()
+    layer_kernel("depthwise_gelu", channels, activated)(x, taps, bias, out)
+    expected = F.conv2d(
+        x.double().permute(0, 3, 1, 2), weight.double(), bias.double(), padding=1, groups=channels
+    )
+    expected = F.gelu(expected) if activated else expected
+    torch.testing.assert_close(out.double(), expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)

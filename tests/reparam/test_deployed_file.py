@@ -1,0 +1,73 @@
+"""Deployed models on disk: what is read back computes the same, in a fresh process too."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from reparam.convert import ReparamConfig, reparameterize_
+from reparam.deploy import deploy
+from reparam.deployed_file import DeployedFileError, load_deployed, save_deployed
+
+CREATE = {"model_name": "vit_tiny_patch16_224", "img_size": 32, "depth": 2, "num_classes": 7}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model(**CREATE).eval()
+    reparameterize_(model, ReparamConfig(attention="add"))
+    reparameterize_(model, ReparamConfig(attention_linears="shift_int4", mlp="moe"))
+    deployed = deploy(model)
+    path = tmp_path_factory.mktemp("deployed") / "model.json"
+    save_deployed(deployed, path, CREATE)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        return path, x, deployed(x)
+
+
+def test_it_computes_the_same(saved):
+    path, x, expected = saved
+    with torch.no_grad():
+        assert torch.equal(load_deployed(path)(x), expected)
+
+
+def test_it_loads_in_a_fresh_process(saved, tmp_path):
+    path, x, expected = saved
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch; from reparam.deployed_file import load_deployed\n"
+        "y = load_deployed(sys.argv[1])(torch.load(sys.argv[2], weights_only=True))\n"
+        "print(y.argmax(-1).tolist())"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "x.pt")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"format": "other"}, "format"),
+        ({"version": 2}, "version"),
+        ({"modules": {"blocks.0.attn": {"is": "magic"}}}, "magic"),
+        ({"modules": {}}, "safetensors"),
+    ],
+)
+def test_bad_files_are_refused_by_name(saved, tmp_path, change, named):
+    path, _, _ = saved
+    content = json.loads(path.read_text()) | change
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    (tmp_path / "bad.safetensors").write_bytes(path.with_suffix(".safetensors").read_bytes())
+    with pytest.raises(DeployedFileError, match=named):
+        load_deployed(tmp_path / "bad.json")
+
+
+def test_missing_tensors_are_refused(saved, tmp_path):
+    path, _, _ = saved
+    (tmp_path / "bad.json").write_text(path.read_text())
+    with pytest.raises(DeployedFileError, match="bad"):
+        load_deployed(tmp_path / "bad.json")
