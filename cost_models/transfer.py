@@ -36,6 +36,8 @@ TRANSFER_ROWS = 10
 _LEAST_ROWS = 4
 # How far, in log, the factor of one resource may depart from the others' before rows must insist.
 _DEPARTURE = 0.5
+# What a row is expected to be off by, in log.
+_ROW_ERROR = 0.1
 # What is known of the other device's residuals beside a fit of the factors, at least, in log².
 _LEAST_FOREIGN = 1e-4
 RESOURCES = ("launch", "compute", "caches", "memory")
@@ -47,7 +49,7 @@ def resource_of(term: str) -> str:
         return "launch"
     if term.endswith("_memory"):
         return "memory"
-    return "caches" if term.endswith(("_l2", "_l3")) else "compute"
+    return "caches" if term == "bytes" or term.endswith(("_l2", "_l3")) else "compute"
 
 
 def choose_rows(workloads: Sequence[Workload], number: int = TRANSFER_ROWS) -> list[int]:
@@ -171,7 +173,7 @@ def scaled_core(
     def errors(logs: NDArray[np.float64]) -> NDArray[np.float64]:
         common, own = logs[0], logs[1:]
         predicted = np.exp(common + own) @ by_resource
-        return np.concatenate([np.log(predicted / latency_ms), own / _DEPARTURE / 10])
+        return np.concatenate([np.log(predicted / latency_ms), own * _ROW_ERROR / _DEPARTURE])
 
     start = np.zeros(1 + len(RESOURCES))
     start[0] = float(np.median(np.log(latency_ms / by_resource.sum(axis=0))))

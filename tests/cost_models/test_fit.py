@@ -88,6 +88,42 @@ def test_energy_is_labelled(measure):
     assert unknown.energy_mj is None and "mult_uint8" in unknown.energy_reason
 
 
+def test_measured_energy_has_a_model_of_its_own(sweep):
+    def energy_mj(workload):
+        return workload.macs * 4e-9 + workload.traffic_bytes * 1e-7
+
+    rows = [
+        row.model_copy(update={"energy_mj": energy_mj(row.workload), "energy_reason": None})
+        for row in sweep
+        if row.lowering == "shift.tiled"
+    ]
+    table, _ = fit(rows, "s")
+    (model,) = table.energy_models
+    assert model.lowering == "shift.tiled"
+    asked = linear("shift_int8", 300, 300, 300)
+    found = table.lookup(asked)
+    assert found.energy_mj == pytest.approx(energy_mj(asked), rel=0.15)
+    assert found.energy_source == "modelled" and "energies of this device" in found.energy_reason
+
+
+def test_layers_and_models_that_were_measured_give_overheads(measure, sweep):
+    rows = [
+        measure(
+            None,
+            2.0 + 0.1 * layers,
+            kind="model",
+            subject=name,
+            lowering="deployed",
+            details={"model": name, "layers": layers, "kernels": 4 * layers, "kernel_ms": 2.0},
+        )
+        for name, layers in (("a", 8), ("b", 12), ("c", 20))
+    ]
+    table, _ = fit([*sweep, *rows], "s")
+    (found,) = table.overheads
+    assert found.latency_ms(2.0, 4 * 10, 10) == pytest.approx(3.0, rel=0.02)
+    assert fit(sweep, "s")[0].overheads is None
+
+
 def test_cold_rows_layers_and_rows_without_an_interval_are_left_out(measure, sweep):
     workload = linear("shift_int8", 49, 64, 64)
     rows = [
