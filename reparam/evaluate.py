@@ -33,8 +33,10 @@ from profiler.samples import PRESETS
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.results import Interval
-from reparam.scaling import Scaling, measure_scaling
-from reparam.versus_torch import Comparison, VersusTorch, compare, force_share_
+from reparam.scaling import measure_scaling
+from reparam.scaling_result import Scaling
+from reparam.versus_torch import compare, force_share_
+from reparam.versus_torch_result import Comparison, VersusTorch
 
 app = typer.Typer(add_completion=False)
 console = Console()

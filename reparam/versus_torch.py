@@ -5,85 +5,15 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from profiler.device import DeviceInfo
 from profiler.samples import Timing, TimingSettings, paired_ratio
 from profiler.timing import measure_interleaved
 from reparam.deployed import DeployedMoE
 from reparam.results import Interval
-
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
-
-
-class Contestant(BaseModel):
-    """One way to run a model.
-
-    Attributes:
-        name: Such as ``compile bf16`` or ``deployed, 50 % shift``.
-        ours: Whether it is a deployed model.
-        latency_ms: With its 95 % interval; None with a reason.
-        reason: Why there is no figure.
-    """
-
-    model_config = _FROZEN
-
-    name: str
-    ours: bool
-    latency_ms: Interval | None
-    reason: str | None = None
-
-
-class Comparison(BaseModel):
-    """All ways to run one model at one batch, measured in turns.
-
-    Attributes:
-        contestants: Every way that was tried.
-        best_torch: The fastest of PyTorch's; None if none ran.
-        speedup: By name of ours, latency of ``best_torch`` over its own, with 95 % interval.
-        speedup_eager: The same against fp32 eager.
-    """
-
-    model_config = _FROZEN
-
-    model: str
-    batch: int
-    image_size: int
-    contestants: list[Contestant]
-    best_torch: str | None
-    speedup: dict[str, Interval]
-    speedup_eager: dict[str, Interval]
-
-
-class VersusTorch(BaseModel):
-    """Schema of versus_torch.json."""
-
-    model_config = _FROZEN
-
-    format: Literal["shiftadd-versus-torch"] = "shiftadd-versus-torch"
-    version: Literal[1] = 1
-    device: DeviceInfo
-    command: str
-    created_at: str
-    comparisons: list[Comparison]
-
-    def save(self, path: Path) -> None:
-        """Writes versus_torch.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> VersusTorch:
-        """Reads versus_torch.json.
-
-        Raises:
-            ValueError: If it is none of ours or of another version.
-        """
-        return cls.model_validate_json(path.read_text())
+from reparam.versus_torch_result import Comparison, Contestant
 
 
 def _eager(model: nn.Module) -> nn.Module:

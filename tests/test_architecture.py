@@ -33,6 +33,7 @@ ALLOWED = {
         "kernels.workload",
         "kernels.packing",
         "kernels.torch_ops",
+        "kernels.layer_ops",
         "profiler.timing",
         "profiler.samples",
         "profiler.energy",
@@ -59,6 +60,8 @@ ALLOWED = {
         "cost_models.energy_rules",
         "reparam.results",
         "reparam.ablation_results",
+        "reparam.scaling_result",
+        "reparam.versus_torch_result",
     },
 }
 # Who alone may import what of others.
