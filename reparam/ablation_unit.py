@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable
 from cost_models.operation_energy import operation_energy
@@ -166,12 +166,17 @@ def _untrained(run: Run, name: str, model: nn.Module) -> nn.Module:
     """A copy of the original, converted and not trained."""
     model = copy.deepcopy(model)
     if name in ATTENTIONS:
-        ATTENTIONS[name].convert_(model, run.recipe)
+        ATTENTIONS[name].convert_(model, run.recipe, _fitting_images(run))
     elif name in VARIANTS:
-        ATTENTIONS[BASE_ATTENTION].convert_(model, run.recipe)
+        ATTENTIONS[BASE_ATTENTION].convert_(model, run.recipe, _fitting_images(run))
         config = run.recipe.linears_config(VARIANTS[name])
         reparameterize_(model, config, run.recipe.allows(model))
     return model
+
+
+def _fitting_images(run: Run) -> Tensor:
+    """Training images that are the same at each call."""
+    return next(iter(run.data.batches("train", len(run.example), False)))[0]
 
 
 def _trained(run: Run, name: str, original: Candidate) -> Candidate:
@@ -185,7 +190,7 @@ def _trained(run: Run, name: str, original: Candidate) -> Candidate:
         original,
         attention,
         chosen.title,
-        lambda model: chosen.convert_(model, run.recipe),
+        lambda model: chosen.convert_(model, run.recipe, _fitting_images(run)),
     )
     if name in ATTENTIONS:
         return stage1
@@ -247,7 +252,7 @@ def _evaluated(
     return row, correct.tolist()
 
 
-def _percent(correct: torch.Tensor) -> float:
+def _percent(correct: Tensor) -> float:
     return 100 * float(correct.float().mean())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from kernels.workload import FORMS
 from reparam.convert import Conversion, ReparamConfig, reparameterize_
@@ -30,12 +30,19 @@ class Attention:
     title: str
     options: dict[str, str] | None
 
-    def convert_(self, model: nn.Module, recipe: Recipe) -> Conversion:
-        """Replaces the attention of a model in place."""
+    def convert_(self, model: nn.Module, recipe: Recipe, images: Tensor) -> Conversion:
+        """Replaces the attention of a model in place.
+
+        Args:
+            model: As it was trained.
+            recipe: What stays as it is.
+            images: Training images to fit hash functions on.
+        """
         if self.options is None:
             return linearise_(model)
         config = ReparamConfig.model_validate({"attention": "add", **self.options})
-        return reparameterize_(model, config, recipe.allows(model))
+        example = images if "hashing" in self.options else None
+        return reparameterize_(model, config, recipe.allows(model), example)
 
 
 ATTENTIONS: dict[str, Attention] = {
@@ -64,6 +71,13 @@ _VARIANTS = (
         "attention_linears": "shift_int8_wide",
         "mlp": "shift_int8_wide",
     },
+    {
+        "name": "shift_3bit",
+        "title": "+ shift, 3 bits",
+        **_SHIFT,
+        "mlp": "shift_int8",
+        "shift_bits": 3,
+    },
     {"name": "moe_no_loss", "title": "+ MoE, no loss", **_MOE},
     {
         "name": "moe_balance",
@@ -76,6 +90,14 @@ _VARIANTS = (
         "title": "+ MoE, expected latency within a budget",
         **_MOE,
         **_EXPECTED,
+        "latency_budget_share": 0.5,
+    },
+    {
+        "name": "moe_linears",
+        "title": "+ MoE of each linear, expected latency",
+        **_MOE,
+        **_EXPECTED,
+        "moe_granularity": "linear",
         "latency_budget_share": 0.5,
     },
     {

@@ -165,41 +165,33 @@ def latency_curves(
     if not all_tokens:
         raise ValueError("the model has no MoE layer")
     experts = {fqn: list(layer.experts) for fqn, layer in moe_layers(model)}
-    grids = {fqn: token_grid(tokens, points) for fqn, tokens in all_tokens.items()}
 
-    def at(expert: int, point: int) -> dict[str, list[Workload]]:
+    def with_experts(which: slice) -> dict[str, list[Workload]]:
+        """Workloads of each layer with all tokens at some experts; with none, its router alone."""
         dispatch = {
-            fqn: {
-                name: grids[fqn][min(point, len(grids[fqn]) - 1)]
-                for name in names[expert : expert + 1]
-            }
-            for fqn, names in experts.items()
+            fqn: dict.fromkeys(names[which], all_tokens[fqn]) for fqn, names in experts.items()
         }
         return layer_workloads(model, example, dispatch)
 
-    # An MoE layer without tokens is its router alone.
-    fixed = {fqn: total_ms(found) for fqn, found in at(0, 0).items()}
-    layers = {}
-    columns = {
-        (expert, point): at(expert, point)
-        for expert in range(max(map(len, experts.values())))
-        for point in range(points)
-    }
+    fixed, layers = with_experts(slice(0)), {}
+    most = max(map(len, experts.values()))
+    by_expert = [with_experts(slice(expert, expert + 1)) for expert in range(most)]
     for fqn, names in experts.items():
-        grid = grids[fqn]
+        grid, routers = token_grid(all_tokens[fqn], points), len(fixed[fqn])
         latencies = [
-            _monotone(
-                grid,
-                [total_ms(columns[expert, p][fqn]) - fixed[fqn] for p in range(len(grid))],
-            )
-            for expert in range(len(names))
+            [
+                total_ms([workload.with_sizes(m=m) for workload in found[fqn][routers:]])
+                for m in grid[1:]
+            ]
+            for found in by_expert[: len(names)]
         ]
         layers[fqn] = LayerCurves(
             torch.tensor(grid, dtype=torch.float32).expand(len(names), -1).contiguous(),
-            torch.tensor(np.stack(latencies), dtype=torch.float32),
+            torch.tensor(np.stack([_monotone(grid, each) for each in latencies])).float(),
             schedule,
         )
-    return ModelCurves(layers, sum(fixed.values()))
+    fixed_ms = {fqn: total_ms(workloads) for fqn, workloads in fixed.items()}
+    return ModelCurves(layers, sum(fixed_ms.values()))
 
 
 def token_grid(tokens: int, points: int = GRID_POINTS) -> list[int]:
@@ -215,5 +207,5 @@ def token_grid(tokens: int, points: int = GRID_POINTS) -> list[int]:
 
 def _monotone(tokens: list[int], latency_ms: list[float]) -> np.ndarray:
     """The closest curve that never falls; no tokens cost nothing."""
-    rising = IsotonicRegression(y_min=0.0).fit_transform(tokens[1:], latency_ms[1:])
+    rising = IsotonicRegression(y_min=0.0).fit_transform(tokens[1:], latency_ms)
     return np.concatenate([[0.0], rising])

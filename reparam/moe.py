@@ -6,14 +6,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.workload import FORMS
-from reparam.mult import MultLinear
-from reparam.shift import ShiftLinear, ShiftVariant
+from reparam.linear_forms import linear_in_form
+from reparam.shift import ShiftVariant
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,11 @@ class MoEMlp(nn.Module):
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, forms: Mapping[str, str], shift_variant: ShiftVariant = "Q"
+        cls,
+        module: nn.Module,
+        forms: Mapping[str, str],
+        shift_variant: ShiftVariant = "Q",
+        shift_bits: int | None = None,
     ) -> MoEMlp:
         """Makes each expert a copy of a pre-trained MLP or linear, in its own form.
 
@@ -129,12 +133,13 @@ class MoEMlp(nn.Module):
             module: An ``nn.Linear``, or an MLP with ``nn.Linear`` fc1 and fc2.
             forms: Linear form by name of the expert.
             shift_variant: How shift weights are trained.
+            shift_bits: Bits of a shift weight, see ``ShiftLinear``.
         """
         first = _linear(module, "fc1")
-        experts = {
-            name: _expert(module, form, shift_variant, gain=len(forms))
-            for name, form in forms.items()
-        }
+        experts = {}
+        for name, form in forms.items():
+            made_in = partial(linear_in_form, form=form, variant=shift_variant, bits=shift_bits)
+            experts[name] = _expert(module, made_in, gain=len(forms))
         made = cls(first.in_features, experts).to(first.weight)
         return made.train(module.training)
 
@@ -173,13 +178,6 @@ class MoEMlp(nn.Module):
         return {**self.__dict__, "routing": None}
 
 
-def linear_in_form(linear: nn.Linear, form: str, shift_variant: ShiftVariant) -> nn.Module:
-    """A trainable linear of a form that starts from a linear's weights."""
-    if FORMS[form]["primitive"] == "shift":
-        return ShiftLinear.from_linear(linear, form, shift_variant)
-    return MultLinear.from_linear(linear, form)
-
-
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoEMlp]]:
     """The MoE layers of a model with their qualified names."""
     for fqn, module in model.named_modules():
@@ -187,15 +185,15 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoEMlp]]:
             yield fqn, module
 
 
-def _expert(module: nn.Module, form: str, shift_variant: ShiftVariant, gain: float) -> nn.Module:
+def _expert(module: nn.Module, convert: Callable[[nn.Linear], nn.Module], gain: float) -> nn.Module:
     expert = copy.deepcopy(module)
     with torch.no_grad():
         for parameter in _linear(expert, "fc2").parameters():
             parameter.mul_(gain)
     if isinstance(expert, nn.Linear):
-        return linear_in_form(expert, form, shift_variant)
+        return convert(expert)
     for name in ("fc1", "fc2"):
-        setattr(expert, name, linear_in_form(getattr(expert, name), form, shift_variant))
+        setattr(expert, name, convert(getattr(expert, name)))
     return expert
 
 

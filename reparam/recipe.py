@@ -12,24 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from torch import nn
 
 from profiler.command_line import BadInput, load_config
-from reparam.convert import FilterFn, ReparamConfig, ShiftForm
+from reparam.conversion_rules import LinearForm, MultForm, ReparamConfig, ShiftForm
+from reparam.convert import FilterFn
 from reparam.latency_curves import Schedule
 from reparam.shift import ShiftVariant
 
 RECIPES = Path(__file__).parent / "recipes"
 
-LinearForm = Literal["keep"] | ShiftForm
-# What can be trained of these, conversion says.
-ExpertForm = Literal[
-    "mult_fp32",
-    "mult_bf16",
-    "mult_int8",
-    "shift_fp32",
-    "shift_bf16",
-    "shift_int8",
-    "shift_int8_wide",
-    "shift_int4",
-]
+ExpertForm = ShiftForm | MultForm
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -60,6 +50,8 @@ class Stage(_Strict):
         mixup, cutmix: Parameter α of each; 0 switches it off.
         distillation: Part of the loss that asks for the original model's class probabilities
             rather than for the labels; has no effect on the original itself.
+        refit_hashing_epochs: Every how many epochs kernelised hash functions are fitted to the
+            queries and keys of the moment; 0 for never.
         precision: ``bf16`` trains under autocast, with weights and sums in fp32.
     """
 
@@ -73,6 +65,7 @@ class Stage(_Strict):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    refit_hashing_epochs: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -85,6 +78,8 @@ class Variant(_Strict):
         attention_linears: Form of the linears around the attention.
         mlp: Form of the MLPs' linears, or ``moe``.
         experts: Form of each expert in place of the recipe's.
+        moe_granularity: Whether an MLP is one MoE, or each of its linears.
+        shift_bits: Bits of a shift weight; None for all that its form stores.
         latency_loss_weight: Weight of the routers' loss; 0 trains without it.
         latency_loss: ``balance``: the paper's, at whose minimum all experts take equally long;
             ``expected``: the layers' latency at the dispatch of the moment.
@@ -100,6 +95,8 @@ class Variant(_Strict):
     attention_linears: LinearForm = "keep"
     mlp: LinearForm | Literal["moe"] = "keep"
     experts: Annotated[dict[str, ExpertForm], Field(min_length=2)] | None = None
+    moe_granularity: Literal["mlp", "linear"] = "mlp"
+    shift_bits: Annotated[int, Field(ge=3, le=8)] | None = None
     latency_loss_weight: Annotated[float, Field(ge=0)] = 0.0
     latency_loss: Literal["balance", "expected"] = "balance"
     schedule: Schedule = "sequential"
@@ -125,7 +122,7 @@ class Recipe(_Strict):
     """A fine-tuning run.
 
     Attributes:
-        data: ``digits``; ``pairs``: which of four digits is there twice; ``pixels``: 1,024 tokens
+        data: ``digits``; ``pairs``: which of three digits is there twice; ``pixels``: 1,024 tokens
             of one pixel each; or ``folder`` for the one named by ``--data``.
         deploy_batch: Batch of the deployed model, for which the router's latencies hold.
         threads: CPU threads of the deployed model, and of training on the CPU: a model small
@@ -175,7 +172,9 @@ class Recipe(_Strict):
             attention_linears=variant.attention_linears,
             mlp=variant.mlp,
             experts=dict(variant.experts or self.experts),
+            moe_granularity=variant.moe_granularity,
             shift_variant=self.shift_variant,
+            shift_bits=variant.shift_bits,
         )
 
     def allows(self, model: nn.Module) -> FilterFn:

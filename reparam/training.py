@@ -22,6 +22,7 @@ from reparam.accuracy import device_of, dispatch_shares, predict
 from reparam.checkpoints import load_state, load_tensors, save_tensors
 from reparam.data import Data
 from reparam.distributed import own_rows, place, replicated, row_weight, summed, wait_for_all
+from reparam.kernelised_hashing import refit_hashing_
 from reparam.losses import LatencyObjective, latency_loss, objective_weight
 from reparam.recipe import Stage
 from reparam.results import Epoch
@@ -107,6 +108,9 @@ def train(
 
     for epoch in range(len(history), settings.epochs):
         start = time.perf_counter()
+        if settings.refit_hashing_epochs and epoch % settings.refit_hashing_epochs == 0:
+            seed_everything(seed, stage, epoch, "hashing")
+            _refit_hashing(model, data, settings)
         seed_everything(seed, stage, epoch)
         model.train()
         weight = _weight(objective, history)
@@ -151,6 +155,11 @@ def train(
             on_epoch(entry)
     model.eval()
     return history
+
+
+def _refit_hashing(model: nn.Module, data: Data, settings: Stage) -> None:
+    images, _ = next(iter(data.batches("train", settings.batch_size, True)))
+    refit_hashing_(model, images.to(device_of(model)))
 
 
 def _weight(objective: LatencyObjective | None, history: list[Epoch]) -> float:

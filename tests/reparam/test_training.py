@@ -247,3 +247,19 @@ def test_bf16_learns_and_keeps_fp32_weights():
     bf16 = train(small_vit(), data, settings, stage="s")
     assert bf16[0].train_loss != fp32[0].train_loss
     assert bf16[0].train_loss == pytest.approx(fp32[0].train_loss, rel=0.02)
+
+
+def test_hash_functions_are_refitted_on_schedule_and_alike_after_a_resume(tmp_path, monkeypatch):
+    fitted: list[torch.Tensor] = []
+    monkeypatch.setattr(training, "refit_hashing_", lambda model, images: fitted.append(images))
+    settings = SETTINGS.model_copy(update={"epochs": 5, "refit_hashing_epochs": 2})
+    arguments = {"stage": "s", "checkpoint": tmp_path / "s.safetensors"}
+    train(small_vit(), stripes(), settings, stage="s")
+    whole = fitted.copy()
+    assert len(whole) == 3
+    fitted.clear()
+    with pytest.raises(Interrupted):
+        train(small_vit(), stripes(), settings, on_epoch=stop_after(3), **arguments)
+    train(small_vit(), stripes(), settings, **arguments)
+    assert len(fitted) == 3
+    assert all(torch.equal(one, other) for one, other in zip(whole, fitted))
