@@ -16,10 +16,10 @@ from profiler.device import DeviceInfo
 from profiler.energy import EnergyReading
 from profiler.samples import Timing
 from profiler.store import Measurement, create_store
+from reparam.accuracy import dispatch_shares, paired_difference, predict, top1
 from reparam.agreement import agreement
 from reparam.data import Data
 from reparam.deploy import deploy, stored_bytes
-from reparam.evaluate import dispatch_shares, paired_difference, predict, top1
 from reparam.losses import optimal_share
 from reparam.model_cost import compiled, measure_energies, measure_latencies, predict_latency
 from reparam.model_energy import COVERS, modelled_energy_mj
