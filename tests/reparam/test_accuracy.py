@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from reparam.data import Data
 from reparam.accuracy import paired_difference, predict, top1
+from reparam.data import Data
 
 
 def table(both, only_first, only_second, neither):
