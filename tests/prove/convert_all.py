@@ -101,9 +101,10 @@ def converted(name: str, config: ReparamConfig) -> tuple[str, bool]:
     except ConversionError as error:
         return f"nothing: {error}", torch.equal(model(x), expected)
     y = model(x)
-    error = float((y - expected).norm() / expected.norm())
+    error = float((y - expected).norm() / expected.norm()) if expected.any() else None
+    off = "logits all 0, as the head starts" if error is None else f"logits off by {error:.0%}"
     survived = y.shape == expected.shape and bool(y.isfinite().all())
-    return f"{_counts(done)}, logits off by {error:.0%}{_reason(done)}", survived
+    return f"{_counts(done)}, {off}{_reason(done)}", survived
 
 
 def _without_attention(model: torch.nn.Module, config: ReparamConfig) -> ReparamConfig:
