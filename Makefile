@@ -40,6 +40,9 @@ prove: install
 	$(BIN)/python tests/prove/kill_sweep.py --kills 100 --out runs/prove
 	$(BIN)/python tests/prove/repeatability.py --out runs/prove
 	$(BIN)/python tests/prove/gate_error_rates.py
+	$(BIN)/python tests/prove/convert_all.py
+	$(BIN)/python tests/prove/report_speed.py
+	$(BIN)/python -m reparam.evaluate --model deit_tiny_patch16_224 --versus-torch --scaling --out runs/prove
 
 # Half an hour and more, resumable: measures where the latency models are least sure, until they are
 # within TARGET percent on left-out training rows or ROUNDS are over, then fits the table.
