@@ -11,6 +11,7 @@ from cost_models.break_even import BreakEven
 from cost_models.latency_table import TableError
 from cost_models.layer_cost import STRICT, Cost
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 
 Verdict = Literal["pays", "does not pay", "unknown"]
 Rule = Literal["attention", "attention_linears", "mlp", "other"]
@@ -156,9 +157,7 @@ class Advice(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes advice.json; a reader sees the old file or the new one."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Advice:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kernels.workload import FORMS, Workload, attention, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, attention, linear
 from profiler.model_workloads import ModelLayer
 from profiler.sweep_config import AttentionShape, LinearShape
 

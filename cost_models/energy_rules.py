@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cost_models.operation_energy import MJ_PER_PJ, OperationEnergy, operation_energy
-from kernels.workload import FORMS, Workload, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, linear
 from profiler.command_line import run
 
 app = typer.Typer(add_completion=False)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.workload import DTYPE_BITS, FORMS, Workload
+from kernels.forms import FORMS
+from kernels.workload import DTYPE_BITS, Workload
 from profiler.device import DeviceInfo
 
 # Numbers, or arrays of them.
@@ -36,6 +37,10 @@ class Sizes(NamedTuple):
     k: Numbers
     n: Numbers
 
+    def take(self, which: NDArray[np.int64]) -> Sizes:
+        """Some of the rows, in the order asked for."""
+        return Sizes(*(np.asarray(column)[which] for column in self))
+
 
 def sizes_of(workloads: Sequence[Workload]) -> Sizes:
     """Sizes of some workloads as arrays ``(rows,)``."""
@@ -53,7 +58,7 @@ class FormFacts:
         x_bytes, w_bytes, out_bytes: Bytes of an element as it lies in memory.
         extra_bytes: Bytes of parameters for each output channel of a linear.
         prepares: Whether a linear quantises or rounds its rows before it multiplies.
-        step: Bytes of k that one inner product takes, at the width that it is computed in.
+        x_dtype_bytes: Bytes of an element of x at the width that it is multiplied in.
     """
 
     kind: str

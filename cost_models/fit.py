@@ -21,9 +21,8 @@ from cost_models.latency_table import (
     Entry,
     LatencyTable,
     TableError,
-    is_canonical,
 )
-from cost_models.layer_models import fit_overheads
+from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
 from cost_models.training_rows import (
@@ -60,7 +59,7 @@ def fit(
     every = list(measurements)
     hot = of_primitives(every)
     info = choose_device(hot, source, device)
-    groups, skipped = group_rows(r for r in hot if r.device.fingerprint == info.fingerprint)
+    groups, skipped = group_rows(hot, info)
     if not groups:
         raise BadInput(f"{source}: no hot row of a primitive on {info.label} has a latency")
     fits: list[LoweringFit] = []
@@ -70,7 +69,7 @@ def fit(
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=progress, transient=True
     ):
-        modelled = [row for row in rows if is_canonical(row.workload)]
+        modelled = [row for row in rows if row.workload.is_canonical]
         if len(modelled) < MIN_ROWS:
             skipped[f"{form} {lowering}"] = (
                 f"{len(modelled)} rows, a model needs {MIN_ROWS}; only measured shapes are known"
@@ -89,16 +88,16 @@ def fit(
         entries=tuple(to_entry(row) for rows in groups.values() for row in rows),
         models=tuple(models),
         energy_models=tuple(energy_models),
-        overheads=fit_overheads(r for r in every if r.device.fingerprint == info.fingerprint)
-        or None,
     )
+    predicted, without = predict_left_out(every, table)
+    table = table.model_copy(update={"overheads": fit_overheads(predicted) or None})
     result = FitResult(
         store=source,
         device=info,
         seed=seed,
         created_at=created_at,
         fits=fits,
-        skipped=skipped,
+        skipped=skipped | without,
     )
     return table, result
 
@@ -172,9 +171,7 @@ def main(
     table, result = fit(read_store(store), store_name(store), device, seed)
     folder = output_folder(Path(store).parent if out is None else out)
     table.save(folder / "latency_table.json")
-    part = folder / "fit.json.part"
-    result.save(part)
-    part.replace(folder / "fit.json")
+    result.save(folder / "fit.json")
     console = Console()
     console.print(error_table(result.fits, result.device))
     for subject, reason in result.skipped.items():

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 
 
 class Point(BaseModel):
@@ -74,7 +75,7 @@ class FitResult(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes fit.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> FitResult:

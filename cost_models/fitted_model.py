@@ -28,7 +28,8 @@ from cost_models.features import (
     sizes_of,
 )
 from cost_models.physical_core import CORES, Machine
-from kernels.workload import FORMS, Workload
+from kernels.forms import FORMS
+from kernels.workload import Workload
 
 # Beyond the hull of the training shapes the interval grows by this factor with each octave, on
 # either side: no held-out row says how wrong the model is out there.

@@ -17,9 +17,8 @@ import json
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache, cached_property, lru_cache
-from operator import attrgetter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,8 +38,9 @@ from cost_models.fitted_model import STRICT, FittedModel, Positive
 from cost_models.operation_energy import operation_energy
 from cost_models.overheads import LayerOverhead
 from cost_models.shipped_tables import shipped_path, shipped_tables
-from kernels.workload import FORMS, Workload
+from kernels.workload import Workload
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 
 Source = Literal["measured", "predicted", "extrapolated"]
 EnergySource = Literal["measured", "modelled"]
@@ -195,7 +195,7 @@ class LatencyTable(BaseModel):
     @cached_property
     def _known(self) -> dict[str, dict[str, bool]]:
         """Of each form, the lowerings in order, and which of them are baselines."""
-        of_entries = {(form_of(e.workload), e.lowering): e.is_baseline for e in self.entries}
+        of_entries = {(e.workload.form, e.lowering): e.is_baseline for e in self.entries}
         of_models = {key: model.is_baseline for key, model in self._models.items()}
         known: dict[str, dict[str, bool]] = {}
         for (form, lowering), is_baseline in sorted((of_entries | of_models).items()):
@@ -224,6 +224,18 @@ class LatencyTable(BaseModel):
     def baselines(self, form: str) -> tuple[str, ...]:
         """Other projects' implementations of a form that the table knows anything of."""
         return tuple(name for name, is_baseline in self._known.get(form, {}).items() if is_baseline)
+
+    def overhead(self, kind: str, lowering: str) -> LayerOverhead | None:
+        """What layers or models take beside their kernels; None where none was measured.
+
+        Args:
+            kind: ``layer`` or ``model``.
+            lowering: ``deployed``, ``torch``, …
+        """
+        for found in self.overheads or ():
+            if (found.kind, found.lowering) == (kind, lowering):
+                return found
+        return None
 
     @cached_property
     def sha256(self) -> str:
@@ -255,7 +267,7 @@ class LatencyTable(BaseModel):
         return best
 
     def _answer(self, workload: Workload, lowering: str | None) -> Estimate:
-        form = form_of(workload)
+        form = workload.form
         known = self._known.get(form)
         if not known:
             raise TableError(
@@ -293,8 +305,8 @@ class LatencyTable(BaseModel):
                 source="measured",
                 lowering=lowering,
             )
-        model = self._models.get((form_of(workload), lowering))
-        if model is None or not is_canonical(workload):
+        model = self._models.get((workload.form, lowering))
+        if model is None or not workload.is_canonical:
             return None
         try:
             prediction = model.predict(workload)
@@ -318,21 +330,18 @@ class LatencyTable(BaseModel):
         return {(model.form, model.lowering): model for model in self.energy_models}
 
     def _energy_mj(self, workload: Workload, lowering: str) -> float:
-        model = self._energy_models.get((form_of(workload), lowering))
+        model = self._energy_models.get((workload.form, lowering))
         if model is None:
             return operation_energy(workload).with_memory_mj
         return model.predict(workload).latency_ms
 
     def _energy_origin(self, workload: Workload, lowering: str) -> str:
-        known = (form_of(workload), lowering) in self._energy_models
+        known = (workload.form, lowering) in self._energy_models
         return DEVICE_ENERGY if known else MODELLED_ENERGY
 
     def save(self, path: str | Path) -> None:
         """Writes the table; a reader sees the old file or the new one, never a part."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -375,25 +384,3 @@ def _read(path: str | Path) -> bytes:
     if len(content) > _MAX_BYTES:
         raise TableError(f"{path}: file: holds more than {_MAX_BYTES >> 20} MiB")
     return content
-
-
-# All that a form fixes: everything but the sizes.
-_KIND = tuple(f.name for f in fields(Workload) if f.name not in ("b", "m", "k", "n"))
-_kind_of = attrgetter(*_KIND)
-
-
-@cache
-def _form_and_canonical(kind: tuple[Any, ...]) -> tuple[str, bool]:
-    workload = Workload(m=1, k=1, n=1, **dict(zip(_KIND, kind)))
-    form = FORMS.get(workload.form)
-    return workload.form, form is not None and workload == Workload(m=1, k=1, n=1, **form)
-
-
-def form_of(workload: Workload) -> str:
-    """``workload.form``, which takes long to find, found once for each form."""
-    return _form_and_canonical(_kind_of(workload))[0]
-
-
-def is_canonical(workload: Workload) -> bool:
-    """Whether a workload is its form and sizes and nothing else: only then does a model apply."""
-    return _form_and_canonical(_kind_of(workload))[1]

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cost_models.latency_table import Estimate, LatencyTable, TableError, form_of
+from cost_models.latency_table import Estimate, LatencyTable, TableError
 from cost_models.operation_energy import OperationEnergy, UnknownOperation, operation_energy
-from kernels.workload import FORMS, Workload
+from kernels.forms import FORMS
+from kernels.workload import Workload
 
 # The forms in which torch and we multiply: what a shift has to beat.
 MULT_FORMS: tuple[str, ...] = ("mult_fp32", "mult_bf16", "mult_int8")
@@ -24,7 +25,7 @@ STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Cost(BaseModel):
-    """Cost of one launch of one or several products, on after the other.
+    """Cost of one launch of one or several products, one after the other.
 
     Attributes:
         latency_ms: None with ``reason`` where the table cannot answer for all of them.
@@ -102,7 +103,7 @@ class CostModel:
         return _add_up([self._baseline(workload) for workload in workloads])
 
     def _ours(self, workload: Workload) -> _Part:
-        if form_of(workload) == "mult_fp32":
+        if workload.form == "mult_fp32":
             # A linear that stays is computed by whoever is fastest, before and after.
             return self._baseline(workload)
         try:
@@ -124,7 +125,7 @@ class CostModel:
         return _fastest(found)
 
     def _strongest_baseline(self, workload: Workload) -> _Part:
-        form = form_of(workload)
+        form = workload.form
         alternatives = MULT_FORMS if form in MULT_FORMS else (form,)
         found: list[_Part] = []
         missing: list[str] = []
@@ -179,7 +180,7 @@ def _in_form(workload: Workload, form: str) -> Workload:
 def _part(workload: Workload, estimate: Estimate) -> _Part:
     return _Part(
         workload=workload,
-        kernel=f"{form_of(workload)} {estimate.lowering}",
+        kernel=f"{workload.form} {estimate.lowering}",
         latency_ms=estimate.latency_ms,
         low_ms=estimate.low_ms,
         high_ms=estimate.high_ms,

@@ -1,175 +1,152 @@
 """Latency of whole layers and models from that of their kernels, and what the kernels leave out.
 
-A layer is the sum of its kernels and an overhead: launches through Python, gathering and combining
-tokens. The overhead is fitted on measured layers and models (rows of kind ``layer`` and ``model``),
-deployed models and torch originals apart.
+A layer is the sum of its kernels, as a latency table has them, and an overhead: launches through
+Python, routing, and what is no product. The overhead is fitted on measured layers and models (rows
+of kind ``layer`` and ``model``), deployed models and torch originals apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from cost_models.overheads import LayerOverhead, Tokens
+from cost_models.latency_table import LatencyTable, TableError
+from cost_models.overheads import LayerOverhead
+from cost_models.work import COUNTS, Work, WorkError
 from profiler.store import Measurement
 
-_DETAILS: dict[str, tuple[str, ...]] = {
-    "layer": ("model", "tokens", "kernel_ms"),
-    "model": ("model", "layers", "kernels", "kernel_ms"),
-}
+# Whose kernel computes a product of a row; None for the fastest of ours.
+KERNEL_OF: dict[str, str | None] = {"deployed": None, "torch": "torch.fp32"}
 
 
 @dataclass(frozen=True)
-class _Row:
-    model: str
-    kernel_ms: float
-    kernels: float
-    tokens: float
-    latency_ms: float
-
-
-def fit_overheads(measurements: Iterable[Measurement]) -> tuple[LayerOverhead, ...]:
-    """One overhead for each kind and lowering that has a measured row with the needed details."""
-    groups: dict[tuple[str, str], list[_Row]] = {}
-    for row in measurements:
-        if row.latency_ms is None or any(
-            row.details.get(name) is None for name in _DETAILS.get(row.kind, ("kind",))
-        ):
-            continue
-        key = (row.kind, f"{row.lowering}")
-        groups.setdefault(key, []).append(_narrowed(row))
-    return tuple(_overhead(*key, rows) for key, rows in sorted(groups.items()))
-
-
-def _narrowed(row: Measurement) -> _Row:
-    details: Mapping[str, Any] = row.details
-    experts = sum(name.startswith("tokens.") and bool(details[name]) for name in details)
-    whole = row.kind == "model"
-    assert row.latency_ms is not None
-    return _Row(
-        model=str(details["model"]),
-        kernel_ms=float(details["kernel_ms"]),
-        kernels=float(details["kernels"]) if whole else 1.0 + 2 * experts,
-        tokens=float(details["layers" if whole else "tokens"]),
-        latency_ms=row.latency_ms,
-    )
-
-
-def _overhead(kind: str, lowering: str, rows: Sequence[_Row]) -> LayerOverhead:
-    launch, per_kernel, per_token = _costs(rows)
-    names = sorted({row.model for row in rows})
-    errors = [
-        abs(_predicted(row, _costs([r for r in rows if r.model != name])) / row.latency_ms - 1)
-        for name in names
-        for row in rows
-        if row.model == name and len(names) > 1
-    ]
-    return LayerOverhead(
-        kind=kind,
-        lowering=lowering,
-        launch_ms=launch,
-        per_kernel_ms=per_kernel,
-        per_token_ms=per_token,
-        rows=len(rows),
-        models=len(names),
-        mape=float(100 * np.mean(errors)) if errors else None,
-    )
-
-
-def _costs(rows: Sequence[_Row]) -> tuple[float, float, float]:
-    """Non-negative least squares on the relative error of the latency."""
-    weights = np.array([1 / row.latency_ms for row in rows])
-    counts = np.array([(1.0, row.kernels, row.tokens) for row in rows]) * weights[:, None]
-    left = np.array([row.latency_ms - row.kernel_ms for row in rows]) * weights
-    scale = np.maximum(counts.max(axis=0), 1e-300)
-    launch, per_kernel, per_token = (float(cost) for cost in nnls(counts / scale, left)[0] / scale)
-    return launch, per_kernel, per_token
-
-
-def _predicted(row: _Row, costs: tuple[float, float, float]) -> float:
-    launch, per_kernel, per_token = costs
-    return row.kernel_ms + launch + per_kernel * row.kernels + per_token * row.tokens
-
-
-@dataclass(frozen=True)
-class LatencyCurve:
-    """Latency over a token count as straight pieces, 0 at none; never falls.
-
-    Plain arithmetic: it takes a number, an array, or a torch tensor and then has a gradient.
+class Predicted:
+    """A measured layer or model and what is predicted of it.
 
     Attributes:
-        knots: Token counts at which a piece begins, rising from 0.
-        slopes_ms: Change of the slope at each knot, in ms a token.
+        row: What was measured.
+        model: Its model.
+        work: What it does.
+        kernel_ms: Sum over its products, from the table.
+        predicted_ms: With an overhead fitted on other models; None if there is only this one.
     """
 
-    knots: tuple[float, ...]
-    slopes_ms: tuple[float, ...]
-
-    def __call__(self, tokens: Tokens) -> Tokens:
-        """Latency in ms of so many tokens, also of fractions of one."""
-        return sum(
-            change * _above(tokens - knot) for knot, change in zip(self.knots, self.slopes_ms)
-        )
+    row: Measurement
+    model: str
+    work: Work
+    kernel_ms: float
+    predicted_ms: float | None = None
 
 
-def _above(value: Tokens) -> Tokens:
-    return (value + abs(value)) / 2
-
-
-def latency_curve(latency_ms: Callable[[int], float], most: int) -> LatencyCurve:
-    """A curve through a kernel's latency at powers of two and at the most tokens.
+def kernel_ms(work: Work, lowering: str, table: LatencyTable) -> float:
+    """Sum over the products of a layer or model.
 
     Args:
-        latency_ms: Latency of a whole number of tokens, such as a lookup in a table.
-        most: Tokens of the layer.
+        work: What it does.
+        lowering: In KERNEL_OF: whose kernels do it.
+        table: Of the device.
 
     Raises:
-        ValueError: If ``most`` is below 1.
+        TableError: If the table cannot answer for one of them.
     """
-    if most < 1:
-        raise ValueError(f"most: must be at least 1, got {most}")
-    counts = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
-    values = np.maximum.accumulate([latency_ms(count) for count in counts])
-    knots: NDArray[np.float64] = np.array([0, *counts], dtype=float)
-    slopes = np.diff(np.array([0.0, *values])) / np.diff(knots)
-    changes = np.diff(np.array([0.0, *slopes]))
-    return LatencyCurve(tuple(knots[:-1].tolist()), tuple(changes.tolist()))
+    kernel = KERNEL_OF[lowering]
+    return sum(
+        number * table.lookup(workload, kernel).latency_ms
+        for workload, number in work.products.items()
+    )
 
 
-@dataclass(frozen=True)
-class MoELatency:
-    """Latency of a mixture of experts as a function of its dispatch, for a router's loss.
+def predict_left_out(
+    measurements: Iterable[Measurement], table: LatencyTable
+) -> tuple[list[Predicted], dict[str, str]]:
+    """Predicts each measured layer and model of a device from the rows of the other models.
 
-    Attributes:
-        router_ms: Of scoring all tokens.
-        experts: One curve an expert: all of its kernels for so many tokens.
-        overhead: Gather, combine and launches; None where none was fitted: then they are left out.
-        kernels: Launches of the layer.
-        parallel: Whether experts run at the same time, the slowest deciding, or one by one.
+    Args:
+        measurements: Rows of any kind and device.
+        table: Of the device that counts.
+
+    Returns:
+        The predictions, and by subject why a row has none.
     """
+    groups: dict[tuple[str, str], list[Predicted]] = {}
+    skipped: dict[str, str] = {}
+    for row in measurements:
+        if row.kind == "primitive" or row.device.fingerprint != table.device.fingerprint:
+            continue
+        if row.lowering not in KERNEL_OF or row.latency_ms is None:
+            continue
+        try:
+            work = Work.of_details(row.details)
+            found = Predicted(
+                row,
+                str(row.details.get("model", row.subject)),
+                work,
+                kernel_ms(work, row.lowering, table),
+            )
+        except (WorkError, TableError) as error:
+            skipped[row.subject] = str(error)
+        else:
+            groups.setdefault((row.kind, row.lowering), []).append(found)
+    return [one for rows in groups.values() for one in _left_out(rows)], skipped
 
-    router_ms: float
-    experts: tuple[LatencyCurve, ...]
-    overhead: LayerOverhead | None = None
-    kernels: int = 5
-    parallel: bool = False
 
-    def latency_ms(self, tokens: Sequence[Tokens]) -> Tokens:
-        """Latency in ms of the layer with so many tokens for each expert.
+def _left_out(rows: Sequence[Predicted]) -> list[Predicted]:
+    found = []
+    for name in dict.fromkeys(row.model for row in rows):
+        others = [row for row in rows if row.model != name]
+        costs = _costs(others) if others else {}
+        found += [
+            Predicted(one.row, name, one.work, one.kernel_ms, _latency_ms(one, costs))
+            if others
+            else one
+            for one in rows
+            if one.model == name
+        ]
+    return found
 
-        Args:
-            tokens: A count for each expert: numbers, or tensors of the expected counts.
-        """
-        each = [curve(count) for curve, count in zip(self.experts, tokens, strict=True)]
-        busy = each[0]
-        for latency in each[1:]:
-            busy = (busy + latency + abs(busy - latency)) / 2 if self.parallel else busy + latency
-        kernel_ms = self.router_ms + busy
-        if self.overhead is None:
-            return kernel_ms
-        return self.overhead.latency_ms(kernel_ms, self.kernels, sum(tokens))
+
+def fit_overheads(predicted: Sequence[Predicted]) -> tuple[LayerOverhead, ...]:
+    """One overhead for each kind and lowering, with its error on left-out models."""
+    groups: dict[tuple[str, str], list[Predicted]] = {}
+    for one in predicted:
+        groups.setdefault((one.row.kind, one.row.lowering), []).append(one)
+    return tuple(
+        LayerOverhead(
+            kind=kind,
+            lowering=lowering,
+            costs_ms=_costs(rows),
+            rows=len(rows),
+            models=len({row.model for row in rows}),
+            mape=mape(rows),
+        )
+        for (kind, lowering), rows in sorted(groups.items())
+    )
+
+
+def mape(predicted: Sequence[Predicted]) -> float | None:
+    """Mean absolute error in percent of what is predicted; None if nothing is."""
+    errors = [
+        abs(one.predicted_ms / one.row.latency_ms - 1)
+        for one in predicted
+        if one.predicted_ms is not None and one.row.latency_ms is not None
+    ]
+    return float(100 * np.mean(errors)) if errors else None
+
+
+def _costs(rows: Sequence[Predicted]) -> dict[str, float]:
+    """Non-negative least squares on the relative error of the latency."""
+    measured = np.array([row.row.latency_ms for row in rows], dtype=float)
+    counts = np.array([[row.work.counts.get(name, 0.0) for name in COUNTS] for row in rows])
+    left = 1 - np.array([row.kernel_ms for row in rows]) / measured
+    relative = counts / measured[:, None]
+    scale = np.maximum(relative.max(axis=0), 1e-300)
+    costs = nnls(relative / scale, left)[0] / scale
+    return {name: float(cost) for name, cost in zip(COUNTS, costs) if cost > 0}
+
+
+def _latency_ms(one: Predicted, costs: dict[str, float]) -> float:
+    counts = one.work.counts
+    return one.kernel_ms + sum(cost * counts.get(name, 0.0) for name, cost in costs.items())

@@ -63,8 +63,7 @@ class _Rows:
     groups: NDArray[np.str_]
 
     def take(self, which: NDArray[np.int64]) -> _Rows:
-        sizes = Sizes(*(column[which] for column in self.sizes))
-        return _Rows(sizes, self.facts, self.latency_ms[which], self.groups[which])
+        return _Rows(self.sizes.take(which), self.facts, self.latency_ms[which], self.groups[which])
 
 
 def fit_core(

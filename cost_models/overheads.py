@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from cost_models.fitted_model import STRICT
+from cost_models.work import COUNTS
 
 # A number, or a torch tensor that a gradient flows through.
-Tokens = Any
+Number = Any
 
 
 class LayerOverhead(BaseModel):
     """What measured layers or models take beside their kernels.
 
-    ``latency = kernels + launch + per_kernel · kernels' number + per_token · tokens``; for whole
-    models a layer stands in the place of a token.
+    ``latency = kernels + Σ cost · count`` over what ``cost_models.work.COUNTS`` names.
 
     Attributes:
         kind: ``layer`` or ``model``.
         lowering: Whose: ``deployed``, ``torch``, …; these are never mixed.
-        launch_ms, per_kernel_ms, per_token_ms: The overhead; per_layer_ms likewise for models.
+        costs_ms: Of one of each count; what is absent costs nothing.
         rows: Rows that it was fitted on.
         models: Models among them.
         mape: Error in percent on each model from the rows of the others; None with one model only.
@@ -31,14 +32,21 @@ class LayerOverhead(BaseModel):
 
     kind: str
     lowering: str
-    launch_ms: float = Field(ge=0)
-    per_kernel_ms: float = Field(ge=0)
-    per_token_ms: float = Field(ge=0)
+    costs_ms: dict[str, Annotated[float, Field(ge=0)]]
     rows: int = Field(ge=1)
     models: int = Field(ge=1)
     mape: float | None = Field(ge=0)
 
-    def latency_ms(self, kernel_ms: Tokens, kernels: int, tokens: Tokens) -> Tokens:
-        """Latency of a layer (or, with layers for tokens, of a model) in ms."""
-        overhead = self.launch_ms + self.per_kernel_ms * kernels
-        return kernel_ms + overhead + self.per_token_ms * tokens
+    @field_validator("costs_ms")
+    @classmethod
+    def _of_what_is_counted(cls, costs_ms: dict[str, float]) -> dict[str, float]:
+        unknown = costs_ms.keys() - COUNTS.keys()
+        if unknown:
+            raise ValueError(f"{min(unknown)} is no count; known: {', '.join(COUNTS)}")
+        return costs_ms
+
+    def latency_ms(self, kernel_ms: Number, counts: Mapping[str, Number]) -> Number:
+        """Latency of a layer or a model in ms."""
+        return kernel_ms + sum(
+            cost * counts[name] for name, cost in self.costs_ms.items() if name in counts
+        )

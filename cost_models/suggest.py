@@ -23,7 +23,6 @@ from rich.progress import track
 from cost_models.features import hull_around, hull_of, points_of, sizes_of
 from cost_models.fitted_model import FittedModel, changed
 from cost_models.held_out import is_locked
-from cost_models.latency_table import is_canonical
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.shape_pool import (
     AttentionGroup,
@@ -42,6 +41,7 @@ from cost_models.training_rows import (
 from kernels.workload import Workload
 from profiler.command_line import BadInput, run
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 
 app = typer.Typer(add_completion=False)
 
@@ -168,7 +168,7 @@ def fit_training_part(groups: Groups, device: DeviceInfo) -> list[LearnedLatency
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=Console(stderr=True), transient=True
     ):
-        known = [r for r in rows if is_canonical(r.workload) and not is_locked(r.workload)]
+        known = [r for r in rows if r.workload.is_canonical and not is_locked(r.workload)]
         if len(known) < MIN_ROWS or known[0].measurement.is_baseline:
             continue
         model = LearnedLatency(form, lowering, False, device)
@@ -204,7 +204,7 @@ def main(
     else:
         hot = of_primitives(read_store(store))
         info = choose_device(hot, store_name(store), device)
-        rows, _ = group_rows(r for r in hot if r.device.fingerprint == info.fingerprint)
+        rows, _ = group_rows(hot, info)
         fitted = fit_training_part(rows, info)
         if not fitted:
             raise BadInput(f"{store_name(store)}: too few rows of ours for a model; start without")
@@ -218,10 +218,8 @@ def main(
         groups, threads = least_sure(unsure, pool(seed), number), max(1, info.threads)
         forms = tuple(f for f in LINEAR_FORMS if f in {model.form for model in unsure})
         description = "Where the latency models are least sure."
-    part = out.with_name(out.name + ".part")
     try:
-        part.write_text(sweep_toml(groups, forms or LINEAR_FORMS, description, threads))
-        part.replace(out)
+        write_whole(out, sweep_toml(groups, forms or LINEAR_FORMS, description, threads))
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from error
     console.print(f"{len(groups)} groups of shapes -> {out}", markup=False, soft_wrap=True)

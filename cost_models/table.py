@@ -19,11 +19,12 @@ import typer
 from rich.console import Console
 
 from cost_models import table_diff
-from cost_models.latency_table import LatencyTable, TableError, form_of
+from cost_models.latency_table import LatencyTable, TableError
 from cost_models.shipped_rows import rows_path, rows_to_bytes, shipped_rows
 from cost_models.shipped_tables import FOLDER, shipped_tables, table_name
 from profiler.command_line import BadInput, run
 from profiler.store import open_store
+from profiler.whole_file import whole_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -60,7 +61,7 @@ def to_csv(table: LatencyTable) -> str:
     writer.writerow(COLUMNS)
     for entry in table.entries:
         of_workload: dict[str, Any] = {
-            "form": form_of(entry.workload),
+            "form": entry.workload.form,
             "product": entry.workload.product,
             "device": table.device.fingerprint,
             "workload": entry.workload.key,
@@ -193,10 +194,9 @@ def _ship(table: LatencyTable, folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(content)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
 

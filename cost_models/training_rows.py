@@ -74,9 +74,9 @@ def choose_device(
 
 
 def group_rows(
-    rows: Iterable[Measurement],
+    rows: Iterable[Measurement], device: DeviceInfo
 ) -> tuple[dict[tuple[str, str], list[Row]], dict[str, str]]:
-    """Rows with a latency and its interval by form and lowering, and why others are left out.
+    """A device's rows with a latency and its interval by form and lowering, and why not others.
 
     Returns:
         The groups, and by form and lowering the reason of those that have no row at all.
@@ -84,6 +84,8 @@ def group_rows(
     groups: dict[tuple[str, str], list[Row]] = {}
     reasons: dict[tuple[str, str], str] = {}
     for row in rows:
+        if row.device.fingerprint != device.fingerprint:
+            continue
         assert row.workload is not None
         key = (row.workload.form, row.lowering)
         if row.latency_ms is None:

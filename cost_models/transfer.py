@@ -96,8 +96,8 @@ class TransferredLatency(BaseEstimator):
         scores = []
         for left in range(len(measured)):
             kept = np.delete(np.arange(len(measured)), left)
-            model = self._fitted(_take(sizes, kept), measured[kept])
-            predicted = model.predict_many(_take(sizes, np.array([left])))
+            model = self._fitted(sizes.take(kept), measured[kept])
+            predicted = model.predict_many(sizes.take(np.array([left])))
             error = np.log(measured[left] / predicted.latency_ms[0])
             scores.append(abs(error) / predicted.deviation[0])
         theory = float(student_t.ppf(0.95, max(1, len(measured) - len(RESOURCES))))
@@ -136,10 +136,6 @@ class TransferredLatency(BaseEstimator):
         """What the source's process says beside its core, in log, ``(rows,)``."""
         core_ms = self.source.core.latency_ms(sizes, form_facts(self.source.form))
         return np.log(self.source.predict_many(sizes).latency_ms / core_ms)
-
-
-def _take(sizes: Sizes, which: NDArray[np.int64]) -> Sizes:
-    return Sizes(*(column[which] for column in sizes))
 
 
 def scaled_core(

@@ -103,15 +103,20 @@ def transfer_errors(
                 lowering=model.lowering,
                 rows=number,
                 rows_test=len(rest),
-                mape={name: mape(values, truth) or 0.0 for name, values in predicted.items()},
+                mape={name: _known(mape(values, truth)) for name, values in predicted.items()},
                 spearman={
                     name: float(spearmanr(values, truth).statistic)
                     for name, values in predicted.items()
                 },
-                coverage=interval_coverage(main.low_ms, main.high_ms, truth) or 0.0,
+                coverage=_known(interval_coverage(main.low_ms, main.high_ms, truth)),
             )
         )
     return found
+
+
+def _known(figure: float | None) -> float:
+    assert figure is not None, "there is a row to test on"
+    return figure
 
 
 def transfer_table(errors: Sequence[TransferError], source: str, target: str) -> Table:
@@ -195,7 +200,7 @@ def main(
     fit_s = time.perf_counter() - start
     console.print(error_table(result.fits, result.device))
     for other in _others(hot, known):
-        there, _ = group_rows(r for r in hot if r.device.fingerprint == other.fingerprint)
+        there, _ = group_rows(hot, other)
         errors = transfer_errors(table.models, there, other)
         if errors:
             console.print(transfer_table(errors, known.label, other.label))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from kernels.build import BuildError, Kernel
+from kernels.forms import AROUND
 from kernels.packing import INT8_MAX
 from kernels.reference import Operands
-from kernels.workload import AROUND, Workload
+from kernels.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from torch import Tensor
 from tvm import tirx
 
 from kernels.cuda_compiler import cuda_compiler
+from kernels.forms import AROUND, FORMS
 from kernels.lowerings import add, cuda, cuda_add, cuda_linear, mult, panel_gemm, shift
 from kernels.packing import pack_linear
 from kernels.records import known_records, lookup
 from kernels.reference import Operands
 from kernels.targets import KernelTarget, cpu_target
-from kernels.workload import AROUND, FORMS, Workload
+from kernels.workload import Workload
 
 _GPU_ALIGNMENT = 16
 
@@ -177,10 +178,21 @@ class Kernel:
         return out
 
 
+# What torch begins with; from then on set_threads decides, whatever torch is told beside.
+_threads = torch.get_num_threads()
+
+
 def set_threads(threads: int) -> None:
     """Sets the CPU threads of TVM and of torch, for all kernels of this process."""
+    global _threads
     tvm.get_global_func("runtime.config_threadpool")(1, threads)
     torch.set_num_threads(threads)
+    _threads = threads
+
+
+def get_threads() -> int:
+    """CPU threads of our kernels; torch's may be fewer for a while (``reparam.one_thread``)."""
+    return _threads
 
 
 def lowerings(workload: Workload, target: str = "llvm") -> list[str]:
@@ -249,7 +261,7 @@ def arguments(operands: Operands) -> tuple[Tensor, ...]:
 
 def best_schedule(workload: Workload, lowering: str, target: KernelTarget) -> dict[str, int]:
     """The schedule of the nearest tuning record, else the default one."""
-    threads = torch.get_num_threads() if target.name == "llvm" else 0
+    threads = get_threads() if target.name == "llvm" else 0
     records = known_records(target.chip)
     record = lookup(records, workload.alone, lowering, target.chip, threads)
     if record is not None:

@@ -6,6 +6,7 @@
 read from where it lies and its result written to where it belongs: nothing is gathered or
 scattered in between, and the number of tokens of an expert is seen by this operator alone.
 ``torch.ops.shiftadd.depthwise_gelu``: the convolution between two linears of a PVT v2 MLP.
+``torch.ops.shiftadd.patches``: what a convolution multiplies, as rows for a linear.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.build import get_threads
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.add import LONG_TOKENS
 from kernels.torch_ops import linear_kernel
@@ -29,6 +31,7 @@ _library.define(
 _library.define(
     "depthwise_gelu(Tensor x, Tensor weight, Tensor bias, int height, bool gelu) -> Tensor"
 )
+_library.define("patches(Tensor x, int side, int stride, int padding) -> Tensor")
 # A chunk's own tables cost as much as some tokens: cutting a sequence must spare more than that.
 _SPLIT_GAIN = 1.2
 
@@ -39,7 +42,7 @@ def _angular_attention(qkv: Tensor, conv: Tensor, alphabet: str) -> Tensor:
     head_dim = width // (3 * heads)
     out = qkv.new_empty(images, tokens, heads, head_dim)
     if out.numel():
-        threads, sequences = torch.get_num_threads(), images * heads
+        threads, sequences = get_threads(), images * heads
         split = -(-sequences // threads) * threads > _SPLIT_GAIN * sequences
         group_bits = 6 if tokens >= LONG_TOKENS else 4
         kernel = layer_kernel("angular_attention", head_dim, window, alphabet, split, group_bits)
@@ -153,11 +156,27 @@ def _depthwise_gelu_fake(
     return x.new_empty(x.shape)
 
 
+def _patches(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
+    out = _patches_fake(x, side, stride, padding)
+    if out.numel():
+        channels = x.shape[1]
+        windows = out.view(*out.shape[:3], channels, side, side)
+        layer_kernel("patches", side, stride, padding)(x.contiguous(), windows)
+    return out
+
+
+def _patches_fake(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
+    images, channels, height, width = x.shape
+    rows, columns = ((n + 2 * padding - side) // stride + 1 for n in (height, width))
+    return x.new_empty(images, rows, columns, channels * side * side)
+
+
 for _name, _implementation, _fake in (
     ("angular_attention", _angular_attention, _angular_attention_fake),
     ("route", _route, _route_fake),
     ("moe", _moe, _moe_fake),
     ("depthwise_gelu", _depthwise_gelu, _depthwise_gelu_fake),
+    ("patches", _patches, _patches_fake),
 ):
     _library.impl(_name, _implementation, "CPU")
     torch.library.register_fake(f"shiftadd::{_name}", _fake, lib=_library)

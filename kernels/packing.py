@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.workload import FORMS
+from kernels.forms import FORMS
 
 # One packed panel: output channels that a micro-kernel computes side by side. 32 = two AVX-512
 # vectors of fp32; narrower instruction sets split it without a change of layout.
@@ -97,10 +97,14 @@ def nearest_pow2(weight: Tensor, exponent_min: int, exponent_max: int) -> tuple[
     """
     largest = weight.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest * 2.0**-exponent_max, torch.ones_like(largest))
-    relative = (weight / scale[:, None]).abs().clamp_min(2.0 ** (exponent_min - 1))
-    exponent = torch.round(torch.log2(relative)).clamp(exponent_min, exponent_max)
-    sign = torch.where(weight < 0, -1.0, 1.0)
-    return sign * torch.exp2(exponent), scale
+    return round_to_pow2(weight / scale[:, None], exponent_min, exponent_max), scale
+
+
+def round_to_pow2(x: Tensor, exponent_min: int, exponent_max: int) -> Tensor:
+    """The nearest ``±2^p`` in the log domain, the same shape; a zero becomes the smallest."""
+    magnitude = x.abs().clamp_min(2.0 ** (exponent_min - 1))
+    exponent = torch.round(torch.log2(magnitude)).clamp(exponent_min, exponent_max)
+    return torch.where(x < 0, -1.0, 1.0) * torch.exp2(exponent)
 
 
 def quantise_weight(form: str, weight: Tensor, bias: Tensor | None = None) -> LinearParameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ def search(
     default: Schedule,
     measure: Measure,
     *,
+    screen: Measure | None = None,
+    finalists: int = 3,
     exhaustive_up_to: int = 16,
     together: int = 8,
     least_gain: float = 0.01,
@@ -43,12 +46,15 @@ def search(
     Small spaces are tried as a whole, larger ones by coordinate descent: one parameter after the
     other through all its values, until a round over all parameters brings nothing. Challengers
     are always measured together with the best so far, so that a drift between two calls of
-    ``measure`` favours neither. No schedule challenges twice.
+    ``measure`` favours neither. No schedule challenges twice. Where a cheaper and less exact
+    measure is given, only those that are fastest by it go on to the dear one.
 
     Args:
         space: Values of each parameter.
         default: A schedule of the space.
         measure: Times schedules against each other.
+        screen: Likewise, in less time.
+        finalists: Challengers of a group that go on from ``screen``.
         exhaustive_up_to: Schedules that are still tried one and all.
         together: Schedules of one call of ``measure``, at least 2.
         least_gain: By what part a challenger must be faster: noise alone moves nothing.
@@ -56,6 +62,9 @@ def search(
 
     Yields:
         A Step after each call of ``measure``; the last one holds the result.
+
+    Source:
+        Successive halving: Jamieson, Talwalkar, arXiv 1502.07943.
     """
     step = Step(default, None, 1)
     tried = [default]
@@ -64,6 +73,10 @@ def search(
         before = step.best
         for challengers in _rounds(space, exhaustive_up_to, rng):
             fresh = [s for s in challengers(step.best) if s not in tried]
+            if screen is not None and len(fresh) > finalists:
+                best_first = _screened(fresh, screen)
+                fresh, slower = best_first[:finalists], best_first[finalists:]
+                tried += slower
             for start in range(0, len(fresh), together - 1):
                 group = fresh[start : start + together - 1]
                 tried += group
@@ -88,6 +101,12 @@ def _rounds(
         return lambda best: [best | {name: value} for value in space[name]]
 
     return [along(name) for name in rng.sample(sorted(space), len(space))]
+
+
+def _screened(challengers: list[Schedule], screen: Measure) -> list[Schedule]:
+    """The fastest first, those without a figure last."""
+    figures = [math.inf if ms is None else ms for ms in screen(challengers)]
+    return [challengers[i] for i in sorted(range(len(figures)), key=figures.__getitem__)]
 
 
 def _fastest(

@@ -13,10 +13,11 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.build import Kernel, build, set_threads
+from kernels.build import Kernel, build, get_threads, set_threads
+from kernels.forms import AROUND
 from kernels.lowerings.add import LONG_TOKENS
 from kernels.targets import KernelTarget, cpu_target, cuda_target
-from kernels.workload import AROUND, attention, linear
+from kernels.workload import attention, linear
 
 __all__ = ["linear_kernel", "set_threads"]
 
@@ -70,7 +71,7 @@ def _launch_attention(
     (b, tokens, bits), n = coded[0].shape, values.shape[2]
     long = tokens >= LONG_TOKENS
     # A shorter sequence takes less time than a second thread needs to wake up.
-    split = long and b < torch.get_num_threads()
+    split = long and b < get_threads()
     dtype = str(values.dtype).removeprefix("torch.")
     kernel = _attention_kernel(product, bits, n, alphabet, dtype, values.device, long, split)
     kernel.launch(*(operand.contiguous() for operand in (*coded, values)), out)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+from kernels.forms import AROUND, FORMS
 
 Primitive = Literal["mult", "shift", "add"]
 Alphabet = Literal["real", "pow2", "01", "pm1"]
@@ -117,11 +120,12 @@ class Workload:
     @property
     def form(self) -> str:
         """Name in FORMS of what is computed, whatever its sizes; ``custom`` if it has none."""
-        alone = self.alone
-        for name, form in FORMS.items():
-            if all(getattr(alone, key) == value for key, value in form.items()):
-                return name
-        return "custom"
+        return _form_and_canonical(_kind_of(self))[0]
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether this is its form at some sizes and nothing else: a latency model fits no more."""
+        return _form_and_canonical(_kind_of(self))[1]
 
     @property
     def product(self) -> str:
@@ -230,106 +234,20 @@ def _allowed(name: str) -> tuple[str, ...]:
     return get_args(get_type_hints(Workload)[name])
 
 
-_LINEAR = {"w_layout": "nk"}
-# ±2^0 … ±2^6 are the powers of two that an int8 weight can hold with either sign.
-_SHIFT_INT = {
-    **_LINEAR,
-    "primitive": "shift",
-    "coded": "w",
-    "alphabet": "pow2",
-    "exponent_min": -6,
-    "exponent_max": 0,
-    "x_dtype": "int8",
-    "w_dtype": "int8",
-    "acc_dtype": "int32",
-    "fused": ("bias", "quantise", "scale"),
-}
-_ADD = {
-    "primitive": "add",
-    "coded": "x",
-    "code_bits": 1,
-    "x_dtype": "bit",
-    "w_dtype": "float32",
-    "out_dtype": "float32",
-    "w_layout": "kn",
-    "fused": ("pack",),
-}
-_BOTH = {"x_layout": "mk", "fused": ("both", "pack")}
-_BF16 = {"w_dtype": "bfloat16", "out_dtype": "bfloat16"}
-
-# What can be computed, apart from its sizes. A sweep, a recipe and a table speak these names.
-FORMS: dict[str, dict[str, Any]] = {
-    "mult_fp32": {
-        **_LINEAR,
-        "primitive": "mult",
-        "w_dtype": "float32",
-        "fused": ("bias",),
-    },
-    "mult_bf16": {
-        **_LINEAR,
-        "primitive": "mult",
-        "code_bits": 16,
-        "x_dtype": "bfloat16",
-        "w_dtype": "bfloat16",
-        "fused": ("bias", "cast"),
-    },
-    "mult_int8": {
-        **_LINEAR,
-        "primitive": "mult",
-        "code_bits": 8,
-        "x_dtype": "int8",
-        "w_dtype": "int8",
-        "acc_dtype": "int32",
-        "fused": ("bias", "quantise", "scale"),
-    },
-    # Sign and p + 127 in one byte: any p of an fp32 number of at most 1. The range is DeepShift's.
-    "shift_fp32": {
-        **_LINEAR,
-        "primitive": "shift",
-        "coded": "w",
-        "alphabet": "pow2",
-        "code_bits": 8,
-        "exponent_min": -15,
-        "exponent_max": 0,
-        "w_dtype": "int8",
-        "fused": ("bias", "scale"),
-    },
-    # The same codes on bf16 activations, in which they are exact as well.
-    "shift_bf16": {
-        **_LINEAR,
-        "primitive": "shift",
-        "coded": "w",
-        "alphabet": "pow2",
-        "code_bits": 8,
-        "exponent_min": -15,
-        "exponent_max": 0,
-        "x_dtype": "bfloat16",
-        "w_dtype": "int8",
-        "fused": ("bias", "cast", "scale"),
-    },
-    "shift_int8": {**_SHIFT_INT, "code_bits": 8},
-    # Twice the range, by two products: of the small powers and of the large ones.
-    "shift_int8_wide": {**_SHIFT_INT, "code_bits": 8, "exponent_min": -13},
-    # The same numbers, stored as a sign and three bits of exponent.
-    "shift_int4": {**_SHIFT_INT, "code_bits": 4},
-    "add_kv_pm1": {**_ADD, "x_layout": "km", "alphabet": "pm1"},
-    "add_kv_01": {**_ADD, "x_layout": "km", "alphabet": "01"},
-    "add_qkv_pm1": {**_ADD, "x_layout": "mk", "alphabet": "pm1"},
-    "add_qkv_01": {**_ADD, "x_layout": "mk", "alphabet": "01"},
-    "add_attention_pm1": {**_ADD, **_BOTH, "alphabet": "pm1"},
-    "add_attention_01": {**_ADD, **_BOTH, "alphabet": "01"},
-    # Queries, keys, values and result in bf16; the sums still in fp32.
-    "add_kv_pm1_bf16": {**_ADD, **_BF16, "x_layout": "km", "alphabet": "pm1"},
-    "add_kv_01_bf16": {**_ADD, **_BF16, "x_layout": "km", "alphabet": "01"},
-    "add_qkv_pm1_bf16": {**_ADD, **_BF16, "x_layout": "mk", "alphabet": "pm1"},
-    "add_qkv_01_bf16": {**_ADD, **_BF16, "x_layout": "mk", "alphabet": "01"},
-    "add_attention_pm1_bf16": {**_ADD, **_BOTH, **_BF16, "alphabet": "pm1"},
-    "add_attention_01_bf16": {**_ADD, **_BOTH, **_BF16, "alphabet": "01"},
-}
+_SIZES = ("b", "m", "k", "n")
+_KIND = tuple(field.name for field in fields(Workload) if field.name not in _SIZES)
+_kind_of = attrgetter(*_KIND)
 
 
-# What may be fused around any linear form without making another form of it.
-AROUND = ("layer_norm", "gelu", "residual", "gather", "scatter")
+@functools.cache
+def _form_and_canonical(kind: tuple[Any, ...]) -> tuple[str, bool]:
+    """By all that a form fixes: looking through the forms takes long, and lookups ask often."""
+    whole = Workload(m=1, k=1, n=1, **dict(zip(_KIND, kind)))
+    alone = whole.alone
+    for name, form in FORMS.items():
+        if all(getattr(alone, key) == value for key, value in form.items()):
+            return name, whole == Workload(m=1, k=1, n=1, **form)
+    return "custom", False
 
 
 def linear(form: str, m: int, k: int, n: int, around: tuple[str, ...] = ()) -> Workload:

@@ -20,6 +20,7 @@ import numpy as np
 from profiler.command_line import BadInput
 from profiler.meters import Meter
 from profiler.nvml import Unavailable
+from profiler.whole_file import whole_file
 
 Origin = Literal["recorded", "generated"]
 Kind = Literal["counter", "power"]
@@ -175,13 +176,11 @@ def summary(trace: Trace) -> list[str]:
 def save_trace(trace: Trace, path: Path) -> None:
     """Writes a trace as CSV, all or nothing; the first line says if it is recorded or generated."""
     empty = ("",) * len(trace.t_s)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         file.write(f"{_header(trace.origin)}\n# {trace.about}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows(zip(trace.t_s, trace.energy_mj or empty, trace.power_w or empty))
-    unfinished.replace(path)
 
 
 def load_trace(path: Path) -> Trace:

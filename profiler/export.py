@@ -18,6 +18,7 @@ import typer
 from profiler.command_line import BadInput, output_folder, run
 from profiler.measurement import Measurement
 from profiler.store import open_store
+from profiler.whole_file import whole_file
 
 # Of timm's benchmark.py. Step time is in ms, parameters in millions; the fastest comes first.
 TIMM_COLUMNS = {
@@ -88,12 +89,10 @@ def write(frame: pd.DataFrame, path: Path) -> None:
         BadInput: If it cannot be written.
     """
     output_folder(path.parent)
-    part = path.with_name(f"{path.name}.part")
     try:
-        WRITERS[path.suffix](frame, part)
-        part.replace(path)
+        with whole_file(path) as part:
+            WRITERS[path.suffix](frame, part)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error
 
 

@@ -8,7 +8,7 @@ from statistics import geometric_mean, median
 
 from rich.table import Table
 
-from kernels.workload import FORMS
+from kernels.forms import FORMS
 from profiler.measurement import Measurement
 
 

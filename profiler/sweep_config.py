@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kernels.workload import FORMS, Workload, attention, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, attention, linear
 from profiler.samples import PRESETS
 
 # Kernels count with 32 bits.

@@ -35,7 +35,11 @@ from profiler.samples import PRESETS, Timing, TimingSettings, paired_ratio
 from profiler.settings import Setting, config_for, settings_for
 from profiler.timing import measure_interleaved
 
-# A search compares many; what its record says is then measured as a sweep would.
+# A search compares many, most of them briefly; what its record says is then measured as a sweep
+# would.
+_SCREEN = TimingSettings(
+    sample_ms=0.3, warmup_ms=2.0, warmup_max_ms=20.0, burst_ms=4.0, rounds_min=6, max_time_s=0.1
+)
 _SEARCH = PRESETS["quick"]
 _RECORD = PRESETS["standard"]
 
@@ -150,7 +154,8 @@ def tune_one(
     """Searches the schedules of one workload, then measures the best against the default one.
 
     The winner of many noisy comparisons flatters itself: it stands only where this last
-    comparison finds it faster too, with its whole interval above 1.
+    comparison finds it faster too, with its whole interval above 1. Where the search ends at the
+    default itself there is nothing to compare.
 
     Raises:
         TuneError: If a kernel is wrong, or the machine too busy for a figure.
@@ -159,14 +164,21 @@ def tune_one(
     launch_of = launches(task)
     what = (task.workload, task.lowering, task.setting.target)
 
-    def measure(schedules: list[Schedule]) -> list[float | None]:
+    def measure(settings: TimingSettings, schedules: list[Schedule]) -> list[float | None]:
         with ThreadPoolExecutor(task.setting.device.cores) as compilers:
             list(compilers.map(partial(build, *what), schedules))
-        return [timing.latency_ms for timing in time(launch_of, schedules, _SEARCH)]
+        return [timing.latency_ms for timing in time(launch_of, schedules, settings)]
 
     best = task.default
     latency_ms: float | None = None
-    for step in search(task.space, task.default, measure, seed=seed):
+    found = search(
+        task.space,
+        task.default,
+        partial(measure, _SEARCH),
+        screen=partial(measure, _SCREEN),
+        seed=seed,
+    )
+    for step in found:
         see(task, step)
         best, latency_ms = step.best, step.latency_ms
     if best == task.default and latency_ms is not None:

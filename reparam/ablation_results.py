@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from profiler.command_line import BadInput, explain
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 from reparam.results import Interval
 
 _STRICT = ConfigDict(frozen=True, extra="forbid")
@@ -180,6 +181,4 @@ class AblationResults(BaseModel):
 
 
 def _write(path: Path, content: BaseModel) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(content.model_dump_json(indent=1) + "\n")
-    unfinished.replace(path)
+    write_whole(path, content.model_dump_json(indent=1) + "\n")

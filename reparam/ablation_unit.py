@@ -16,7 +16,7 @@ from cost_models.latency_table import LatencyTable
 from cost_models.operation_energy import operation_energy
 from profiler.command_line import BadInput, output_folder
 from profiler.device import cpu_info
-from profiler.samples import Timing, TimingSettings, paired_ratio
+from profiler.samples import TimingSettings
 from reparam.ablation_results import AblationRow, AblationUnit
 from reparam.ablation_variants import (
     ATTENTIONS,
@@ -236,8 +236,8 @@ def _evaluated(
         validation_top1=candidate.history[-1].validation_top1 if candidate.history else None,
         top1=_percent(guesses == labels),
         deployed_top1=None if is_original else _percent(correct),
-        latency_ms=_interval(timing),
-        latency_ratio=None if is_original else _ratio(timing, timings[ORIGINAL]),
+        latency_ms=Interval.of_latency(timing),
+        latency_ratio=None if is_original else Interval.of_ratio(timing, timings[ORIGINAL]),
         latency_reason=timing.reason,
         weight_bytes=stored_bytes(final),
         energy_mj=reading.energy_mj or modelled_mj,
@@ -254,14 +254,3 @@ def _evaluated(
 
 def _percent(correct: Tensor) -> float:
     return 100 * float(correct.float().mean())
-
-
-def _interval(timing: Timing) -> Interval | None:
-    if not (timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms):
-        return None
-    return Interval(value=timing.latency_ms, low=timing.latency_low_ms, high=timing.latency_high_ms)
-
-
-def _ratio(timing: Timing, reference: Timing) -> Interval | None:
-    found = paired_ratio(timing, reference)
-    return Interval(value=found.value, low=found.low, high=found.high) if found else None

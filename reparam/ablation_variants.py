@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.workload import FORMS
+from kernels.forms import FORMS
 from reparam.convert import Conversion, ReparamConfig, reparameterize_
 from reparam.linear_attention import linearise_
 from reparam.recipe import Recipe, Variant

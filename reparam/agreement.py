@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.forms import FORMS
 from kernels.packing import quantise_rows
-from kernels.workload import FORMS
 from reparam.add_attention import AddProducts
 from reparam.data import Data
 from reparam.deploy import deploy

@@ -23,7 +23,8 @@ from reparam.add_attention import (
 )
 from reparam.attention_structure import FUSED
 from reparam.coded_attention import CodedAttention
-from reparam.kernelised_hashing import KernelisedHash
+from reparam.kernelised_hashing import KernelisedHash, fitting_hooks
+from reparam.one_pass import evaluating, watch_pass, watched
 
 _RIDGE = 1e-6
 # A gain that the taps would have to be divided by.
@@ -45,32 +46,20 @@ class Calibration:
     after: float
 
 
-@torch.no_grad()
 def captured_arguments(
     model: nn.Module, example: Tensor, names: Iterable[str]
 ) -> dict[str, Arguments]:
     """What modules are called with in one forward pass, the first time, by qualified name."""
-    found: dict[str, Arguments] = {}
-    modes = {part: part.training for part in model.modules()}
-    handles = []
-    for fqn in names:
+    found: dict[nn.Module, Arguments] = {}
 
-        def note(module: nn.Module, args: Any, kwargs: Any, fqn: str = fqn) -> None:
-            found.setdefault(fqn, (args, kwargs))
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found.setdefault(module, (args, kwargs))
 
-        part = model.get_submodule(fqn)
-        handles.append(part.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        model.eval()(example)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-        for handle in handles:
-            handle.remove()
-    return found
+    asked = {fqn: model.get_submodule(fqn) for fqn in names}
+    watch_pass(model, example, dict.fromkeys(asked.values(), note))
+    return {fqn: found[part] for fqn, part in asked.items() if part in found}
 
 
-@torch.no_grad()
 def calibrate_(made: nn.Module, original: nn.Module, arguments: Arguments) -> Calibration:
     """Fits what is free in a converted attention.
 
@@ -80,10 +69,7 @@ def calibrate_(made: nn.Module, original: nn.Module, arguments: Arguments) -> Ca
         arguments: What it is called with.
     """
     args, kwargs = arguments
-    training = original.training, made.training
-    original.eval()
-    made.eval()
-    try:
+    with evaluating(original), evaluating(made):
         expected = _tokens(original(*args, **kwargs))
         before = _relative_error(_tokens(made(*args, **kwargs)), expected)
         start = {name: tensor.clone() for name, tensor in made.state_dict().items()}
@@ -97,9 +83,6 @@ def calibrate_(made: nn.Module, original: nn.Module, arguments: Arguments) -> Ca
         if after > before and not hashed:
             made.load_state_dict(start)
             after = before
-    finally:
-        original.train(training[0])
-        made.train(training[1])
     return Calibration(before, after)
 
 
@@ -126,29 +109,18 @@ def head_terms(normed: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 
 
 def _fit_hashing(made: nn.Module, arguments: Arguments) -> None:
-    found = [part for part in made.modules() if isinstance(part, KernelisedHash)]
-
-    def fit(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-        cast(KernelisedHash, module).fit_(*inputs)
-
-    handles = [part.register_forward_pre_hook(fit) for part in found]
-    try:
-        if found:
+    hooks = fitting_hooks(made)
+    if hooks:
+        with watched(hooks):
             made(*arguments[0], **arguments[1])
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _fit_add_attention(made: AddAttention, original: nn.Module, arguments: Arguments) -> None:
     """Solves on the heads' outputs, which the original hands to its projection."""
     seen: list[Tensor] = []
     projection = cast(nn.Linear, original.proj)
-    handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    with watched({projection: lambda module, args, kwargs: seen.append(args[0])}):
         original(*arguments[0], **arguments[1])
-    finally:
-        handle.remove()
     heads, proj = made.num_heads, cast(nn.Linear, made.proj)
     target = seen[0].unflatten(-1, (heads, -1)).transpose(1, 2)
     q, k, v = made.heads(arguments[0][0])

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from reparam.one_pass import evaluating
+
 FUSED = F.scaled_dot_product_attention
 _PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 _SOFTMAXES = {torch.softmax, F.softmax, Tensor.softmax}
@@ -120,7 +122,6 @@ def example_input(model: nn.Module) -> Tensor:
     return noise.to(parameter)
 
 
-@torch.no_grad()
 def trace(model: nn.Module, example: Tensor) -> ModelTrace:
     """Watches one forward pass in evaluation mode; the model stays as it was.
 
@@ -128,21 +129,17 @@ def trace(model: nn.Module, example: Tensor) -> ModelTrace:
         model: Any.
         example: Its input.
     """
-    watch, training = _Watch(), {part: part.training for part in model.modules()}
+    watch = _Watch()
     with ExitStack() as stack:
         stack.enter_context(_opened(model))
+        stack.enter_context(evaluating(model))
         for fqn, part in model.named_modules():
             watch_module = watch.enter(fqn)
             stack.callback(part.register_forward_pre_hook(watch_module, with_kwargs=True).remove)
             hook = part.register_forward_hook(watch.leave, with_kwargs=True, always_call=True)
             stack.callback(hook.remove)
-        try:
-            model.eval()
-            with watch:
-                model(example)
-        finally:
-            for part, mode in training.items():
-                part.training = mode
+        with watch:
+            model(example)
     unpaired = tuple(dict.fromkeys(n for n in watch.unpaired if n not in watch.found))
     return ModelTrace(watch.found, frozenset(watch.called), unpaired)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from profiler.command_line import BadInput
+from profiler.whole_file import whole_file
 
 _HEADER = "shiftadd"
 
@@ -26,9 +27,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     """
     # Tensors that share memory are refused by safetensors; copies are not.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    unfinished = path.with_name(path.name + ".tmp")
-    save_file(copies, unfinished, metadata={_HEADER: json.dumps(header)})
-    unfinished.replace(path)
+    with whole_file(path) as part:
+        save_file(copies, part, metadata={_HEADER: json.dumps(header)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ DIGITS_SIZE = 16
 LOADER_WORKERS = 2
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+# Digits (digits, 1, 8, 8) from 0 to 1, their labels, how many images, what choices are drawn from.
+Compose = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,34 @@ def digits(seed: int, fold: int | None = None) -> Data:
 
     sizes = {split: len(index) for split, index in parts.items()}
     return Data(task_name("digits", fold), int(labels.max()) + 1, sizes, batches)
+
+
+def composed(
+    name: str, compose: Compose, images: Mapping[str, int], seed: int, fold: int | None
+) -> Data:
+    """A task whose images are composed of handwritten digits by a generator.
+
+    The digits of each split are those of no other. Training images are composed anew in each
+    epoch; validation and test images are the same in every run of a seed, or of a fold.
+
+    Args:
+        name: Of the task.
+        compose: Makes images ``(count, 1, h, w)`` and classes ``(count,)``.
+        images: How many of each split.
+        seed: Of the split and of the fixed images.
+        fold: Which fold of the digits the test images are made of; None for a part by seed.
+    """
+    glyphs, labels, parts = digit_parts(seed, fold)
+    glyphs = glyphs / glyphs.max()
+
+    def batches(split: str, batch_size: int, training: bool) -> Batches:
+        generator = torch.default_generator if training else fixed_generator(split, seed, fold)
+        for start in range(0, images[split], batch_size):
+            count = min(batch_size, images[split] - start)
+            yield compose(glyphs[parts[split]], labels[parts[split]], count, generator)
+
+    classes = int(labels.max()) + 1
+    return Data(task_name(name, fold), classes, dict(images), batches)
 
 
 def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None = None) -> Data:

@@ -14,6 +14,7 @@ from reparam.deployed import (
     DeployedAddAttention,
     DeployedAddProducts,
     DeployedAngular,
+    DeployedConv,
     DeployedDepthwiseMlp,
     DeployedLinear,
     DeployedMlp,
@@ -23,6 +24,7 @@ from reparam.fuse import fuse_
 from reparam.hashing import SignHash
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
+from reparam.one_thread import torch_on_one_thread_
 from reparam.shift import ShiftLinear
 
 _VECTOR = 16
@@ -32,8 +34,8 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     """A copy of a trained model for inference, its converted layers on TVM kernels.
 
     A plain linear inside a converted layer (around an add attention that stage 2 has not reached)
-    runs on our fp32 mult kernel, so that a converted layer holds no product of torch's. Other
-    layers stay torch's.
+    runs on our fp32 mult kernel, so that a converted layer holds no product of torch's. So does a
+    convolution that makes tokens of patches, with ``fuse``; other layers stay torch's.
 
     Args:
         model: As ``reparameterize_`` and training left it; not changed.
@@ -43,6 +45,7 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     deployed = _deployed(copy.deepcopy(model).eval(), fuse)
     if fuse:
         fuse_(deployed)
+        torch_on_one_thread_(deployed)
     return deployed
 
 
@@ -53,6 +56,8 @@ def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> 
         return DeployedAddProducts(module.alphabet)
     if inside_converted and isinstance(module, nn.Linear):
         return DeployedLinear.of(quantise_weight("mult_fp32", module.weight, module.bias))
+    if fuse and isinstance(module, nn.Conv2d) and _makes_patches(module):
+        return _as_linear(module)
     is_moe = isinstance(module, MoEMlp)
     inside_converted = inside_converted or is_moe or isinstance(module, AddAttention)
     for name, child in module.named_children():
@@ -112,6 +117,27 @@ def _in_one_mlp(module: nn.Module) -> nn.Module:
         weight = conv.weight.detach().flatten(1).T.contiguous()
         return DeployedDepthwiseMlp(fc1, fc2, weight, conv.bias.detach())  # type: ignore[arg-type, union-attr]
     return module
+
+
+def _makes_patches(conv: nn.Conv2d) -> bool:
+    """Whether it turns an image into fewer tokens, each of a square window, on the CPU."""
+    (side, other), (stride, across) = conv.kernel_size, conv.stride
+    return (
+        side == other
+        and 1 < stride == across
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and isinstance(conv.padding, tuple)
+        and conv.padding[0] == conv.padding[1]
+        and conv.padding_mode == "zeros"
+        and conv.weight.device.type == "cpu"
+    )
+
+
+def _as_linear(conv: nn.Conv2d) -> DeployedConv:
+    parameters = quantise_weight("mult_fp32", conv.weight.flatten(1), conv.bias)
+    linear = DeployedLinear.of(parameters)
+    return DeployedConv(linear, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
 
 
 def _is_plain_depthwise(conv: nn.Conv2d) -> bool:

@@ -120,6 +120,28 @@ class DeployedLinear(Fused):
             self.packed_1, self.packed_2 = self.packed_1 * padded, self.packed_2 * padded
 
 
+class DeployedConv(nn.Module):
+    """A convolution of images: its windows as rows, and a linear.
+
+    Args:
+        linear: On windows of ``channels * side²`` values.
+        side, stride, padding: In both directions.
+    """
+
+    def __init__(self, linear: DeployedLinear, side: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.linear, self.side, self.stride, self.padding = linear, side, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, channels, h, w)`` to ``(b, n, rows, columns)``, the channels last in memory."""
+        rows = torch.ops.shiftadd.patches(x, self.side, self.stride, self.padding)
+        return self.linear(rows).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        """The window."""
+        return f"side={self.side}, stride={self.stride}, padding={self.padding}"
+
+
 class DeployedAddProducts(nn.Module):
     """Q(KᵀV) by additions alone in one kernel, which packs the codes itself."""
 
@@ -240,14 +262,15 @@ class DeployedMoE(Fused):
         return [part for part in found if isinstance(part, DeployedMlp | DeployedLinear)]
 
     @property
-    def _linears(self) -> list[DeployedLinear]:
+    def linears(self) -> list[DeployedLinear]:
+        """Of all experts, those of the first one first."""
         return [part for part in self.experts.modules() if isinstance(part, DeployedLinear)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(..., k)`` to ``(..., n)``."""
         if self.by_steps:
             return self._by_steps(x, residual)
-        linears = self._linears
+        linears = self.linears
         own = linears[: len(linears) // len(self.experts)]
         return torch.ops.shiftadd.moe(
             x,

@@ -19,17 +19,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from profiler.whole_file import whole_file, write_whole
 from reparam.add_attention import AddAttention
 from reparam.deployed import (
     DeployedAddAttention,
     DeployedAddProducts,
     DeployedAngular,
+    DeployedConv,
     DeployedDepthwiseMlp,
     DeployedLinear,
     DeployedMlp,
     DeployedMoE,
 )
 from reparam.fuse import fuse_
+from reparam.one_thread import torch_on_one_thread_
 
 _FORMAT, _VERSION = "shiftadd-deployed", 1
 
@@ -59,13 +62,9 @@ def save_deployed(model: nn.Module, path: str | Path, create: dict[str, Any]) ->
         "modules": modules,
     }
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    for target, write in (
-        (path.with_suffix(".safetensors"), lambda part: save_file(tensors, part)),
-        (path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n")),
-    ):
-        part = target.with_name(target.name + ".part")
-        write(part)
-        part.replace(target)
+    with whole_file(path.with_suffix(".safetensors")) as part:
+        save_file(tensors, part)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_deployed(path: str | Path) -> nn.Module:
@@ -91,6 +90,7 @@ def load_deployed(path: str | Path) -> nn.Module:
             model.set_submodule(fqn, _made(spec))
         if content["fused"]:
             fuse_(model)
+            torch_on_one_thread_(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DeployedFileError(f"{path}: modules do not fit the model ({error!r})") from error
     try:
@@ -129,6 +129,9 @@ def _spec(fqn: str, module: nn.Module) -> dict[str, Any]:
             "activated": module.activated,
             "packed": [_shape(tensor) for tensor in module.packed],
         }
+    if isinstance(module, DeployedConv):
+        window = {"side": module.side, "stride": module.stride, "padding": module.padding}
+        return {"is": "conv", "linear": inner("linear"), **window}
     if isinstance(module, DeployedAngular):
         return {"is": "angular", "alphabet": module.alphabet, **tensors("conv")}
     if isinstance(module, DeployedAddAttention):
@@ -165,6 +168,9 @@ def _made(spec: dict[str, Any]) -> Any:
     if kind == "linear":
         packed = tuple(_empty(shape) for shape in spec["packed"])
         return DeployedLinear(spec["form"], spec["k"], spec["n"], packed, spec["activated"])
+    if kind == "conv":
+        window = (spec["side"], spec["stride"], spec["padding"])
+        return DeployedConv(_made(spec["linear"]), *window)
     if kind == "angular":
         return DeployedAngular(_empty(spec["conv"]), spec["alphabet"])
     if kind == "add_products":

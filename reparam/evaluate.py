@@ -3,17 +3,20 @@
 python -m reparam.evaluate --model deit_tiny_patch16_224 --versus-torch
 python -m reparam.evaluate --model pvt_v2_b0 --versus-torch --batch 1,8 --share 0,50,100
 python -m reparam.evaluate --scaling
+python -m reparam.evaluate --predicted-versus-measured --table runs/models/latency_table.json \
+    --out runs/models
 
 A model is converted as the shipped recipes do (add attention, int8 shifts around it, a mixture of
 int8 mult and shift experts) and deployed; its weights do not matter for its latency, the share of
-tokens on shift does, and is set. Results go to versus_torch.json and scaling.json in --out.
+tokens on shift does, and is set. Results go to versus_torch.json, scaling.json and, as rows of
+layers and models that `cost_models.fit` reads on, measurements.sqlite in --out.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -26,12 +29,16 @@ from rich.table import Table
 from timm.data import resolve_data_config
 from torch import nn
 
+from cost_models.latency_table import LatencyTable, TableError
+from cost_models.layer_models import predict_left_out
 from kernels.torch_ops import set_threads
 from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
-from profiler.samples import PRESETS
+from profiler.samples import PRESETS, TimingSettings
+from profiler.store import Measurement, create_store
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
+from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
 from reparam.scaling import measure_scaling
 from reparam.scaling_result import Scaling
@@ -39,6 +46,16 @@ from reparam.versus_torch import compare, force_share_
 from reparam.versus_torch_result import Comparison, VersusTorch
 
 app = typer.Typer(add_completion=False)
+
+# Of different depths, widths and numbers of tokens.
+MODELS = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "vit_small_patch32_224",
+    "vit_tiny_patch16_384",
+    "pvt_v2_b0",
+    "pvt_v2_b1",
+)
 console = Console()
 
 # As the shipped recipes convert.
@@ -57,6 +74,19 @@ def main(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Attention from 64 to 16k tokens, add and softmax.")
     ] = False,
+    predicted_versus_measured: Annotated[
+        bool,
+        typer.Option(
+            "--predicted-versus-measured",
+            help="MoE layers at 0 to 100 % shift and whole models, against a latency table.",
+        ),
+    ] = False,
+    models: Annotated[
+        str, typer.Option(help="With --predicted-versus-measured: timm models, two or more.")
+    ] = ",".join(MODELS),
+    table: Annotated[
+        str | None, typer.Option(help="Latency table of this device: a file or a shipped name.")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Images at once, such as 1,8.")] = "1,8",
     share: Annotated[
         str, typer.Option(help="Percent of tokens on the shift expert, such as 0,50,100.")
@@ -68,12 +98,15 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/evaluate"),
 ) -> None:
     """Reads top to bottom as the story of an evaluation."""
-    if not (versus_torch or scaling):
-        raise BadInput("nothing to do: give --versus-torch, --scaling or both")
+    if not (versus_torch or scaling or predicted_versus_measured):
+        raise BadInput(
+            "nothing to do: give --versus-torch, --scaling or --predicted-versus-measured"
+        )
     if preset not in PRESETS:
         raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     batches = _whole_numbers("--batch", batch, 1, 4096)
     shares = _whole_numbers("--share", share, 0, 100)
+    known = _table(table) if predicted_versus_measured else None
     device = cpu_info(threads)
     folder = output_folder(out)
     set_threads(threads)
@@ -98,6 +131,47 @@ def main(
         found = Scaling(**header, rows=rows)
         found.save(folder / "scaling.json")
         console.print(found.table())
+    if known is not None:
+        set_threads(known.device.threads or threads)
+        measured = measure_rows(models.split(","), batches, known, PRESETS[preset], folder)
+        for printed in table_of(*predict_left_out(measured, known)):
+            console.print(printed)
+
+
+def measure_rows(
+    names: Sequence[str],
+    batches: Sequence[int],
+    table: LatencyTable,
+    settings: TimingSettings,
+    folder: Path,
+) -> list[Measurement]:
+    """Measures what the store in a folder does not hold yet; returns all of its rows."""
+    store = create_store(folder / "measurements.sqlite")
+    for name in names:
+        original, deployed_at = prepared(name)
+        for images in batches:
+            case = Case(name, original, deployed_at(0.5), _example(original, images))
+            for row in measured_rows(case, table, settings, store.finished_keys()):
+                store.put(row)
+                console.print(f"{row.subject}, {row.lowering}: {row.reason or _ms(row)}")
+    rows = list(store.rows())
+    store.close()
+    return rows
+
+
+def _ms(row: Measurement) -> str:
+    return f"{row.latency_ms:.3f} ms"
+
+
+def _table(name: str | None) -> LatencyTable:
+    """The latency table, which must be of this machine: its rows are set against new ones."""
+    if name is None:
+        raise BadInput("--table: --predicted-versus-measured needs the latency table of this CPU")
+    table = LatencyTable.load(name)
+    here = cpu_info(table.device.threads)
+    if table.device.fingerprint != here.fingerprint:
+        raise BadInput(f"--table {name}: is of {table.device.label}, this is {here.label}")
+    return table
 
 
 def prepared(name: str) -> tuple[nn.Module, Callable[[float], nn.Module]]:
@@ -161,4 +235,4 @@ def _figure(interval: Interval | None, form: str, unit: str = "") -> str:
 
 
 if __name__ == "__main__":
-    run(app, (ConversionError,))
+    run(app, (ConversionError, TableError))

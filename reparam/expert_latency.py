@@ -12,6 +12,7 @@ from kernels.workload import Workload, attention, linear
 from reparam.add_attention import AddAttention, AddProducts
 from reparam.moe import MoEMlp, moe_layers
 from reparam.mult import MultLinear
+from reparam.one_pass import watch_pass
 from reparam.shift import ShiftLinear
 
 # From the surest to the least sure; a sum is as sure as its least sure term.
@@ -142,7 +143,6 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Siz
     return input_shapes(model, example, is_converted)
 
 
-@torch.no_grad()
 def input_shapes(
     model: nn.Module, example: Tensor, chosen: Callable[[str, nn.Module], bool]
 ) -> dict[str, list[torch.Size]]:
@@ -156,24 +156,11 @@ def input_shapes(
     Returns:
         By qualified name; a module that the example did not pass through is absent.
     """
-    shapes: dict[str, list[torch.Size]] = {}
+    shapes: dict[nn.Module, list[torch.Size]] = {}
 
-    def note(fqn: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            shapes[fqn] = [tensor.shape for tensor in inputs if isinstance(tensor, Tensor)]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        shapes[module] = [tensor.shape for tensor in args if isinstance(tensor, Tensor)]
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(note(fqn))
-        for fqn, module in model.named_modules()
-        if chosen(fqn, module)
-    ]
-    training = model.training
-    try:
-        model.eval()(example)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return shapes
+    asked = {fqn: part for fqn, part in model.named_modules() if chosen(fqn, part)}
+    watch_pass(model, example, dict.fromkeys(asked.values(), note))
+    return {fqn: shapes[part] for fqn, part in asked.items() if part in shapes}

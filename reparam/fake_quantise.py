@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.forms import FORMS
 from kernels.packing import LinearParameters, quantise_rows
-from kernels.workload import FORMS
 
 
 class _StraightThrough(torch.autograd.Function):

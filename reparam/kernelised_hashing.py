@@ -7,10 +7,13 @@ codes, and those to which it gives least get dissimilar ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from reparam.one_pass import Hook, watch_pass
 
 BITS, ANCHORS = 16, 25
 TOP_PAIRS = 10
@@ -174,38 +177,19 @@ def refit_hashing_(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     Returns:
         Qualified names of the hash functions; none if the model has no such attention.
     """
-    found = {fqn: part for fqn, part in model.named_modules() if isinstance(part, KernelisedHash)}
+    hooks = fitting_hooks(model)
+    watch_pass(model, example, hooks)
+    return tuple(fqn for fqn, part in model.named_modules() if part in hooks)
 
-    def fit(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+
+def fitting_hooks(model: nn.Module) -> dict[nn.Module, Hook]:
+    """Hooks that fit each hash function of a model to what it is about to be called with."""
+
+    def fit(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         assert isinstance(module, KernelisedHash)
-        module.fit_(*inputs)
+        module.fit_(*args, **kwargs)
 
-    run_with_hooks(model, example, dict.fromkeys(found.values(), fit))
-    return tuple(found)
-
-
-@torch.no_grad()
-def run_with_hooks(
-    model: nn.Module, example: Tensor, hooks: dict[nn.Module, Callable[..., None]]
-) -> None:
-    """Runs a model once in evaluation mode, with a hook before each of some modules.
-
-    Args:
-        model: Left in the mode that it was in.
-        example: Its input.
-        hooks: ``hook(module, inputs)`` by module.
-    """
-    if not hooks:
-        return
-    modes = {part: part.training for part in model.modules()}
-    handles = [part.register_forward_pre_hook(hook) for part, hook in hooks.items()]
-    try:
-        model.eval()(example)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-        for handle in handles:
-            handle.remove()
+    return {part: fit for part in model.modules() if isinstance(part, KernelisedHash)}
 
 
 def _sample(x: Tensor, heads: int, generator: torch.Generator) -> Tensor:

@@ -18,13 +18,17 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
+from cost_models.overheads import LayerOverhead
 from kernels.workload import Workload
 from reparam.expert_latency import Estimate, layer_workloads, undecided
-from reparam.moe import moe_layers
+from reparam.moe import MoEMlp, moe_layers
+from reparam.mult import MultLinear
+from reparam.shift import ShiftLinear
 
 Schedule = Literal["sequential", "parallel"]
 
 GRID_POINTS = 17
+_LINEARS = (ShiftLinear, MultLinear, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def latency_curves(
     example: Tensor,
     schedule: Schedule = "sequential",
     points: int = GRID_POINTS,
+    overhead: LayerOverhead | None = None,
 ) -> ModelCurves:
     """Asks a latency table for the curves of a model.
 
@@ -147,6 +152,8 @@ def latency_curves(
         example: Input of the model at the deployed batch.
         schedule: How the experts of a layer run.
         points: Of each grid, 0 tokens included.
+        overhead: What a measured layer takes beside its kernels: ``LatencyTable.overhead``; None
+            where none was fitted, then the curves are of the kernels alone.
 
     Raises:
         ValueError: If the model has no MoE layer.
@@ -191,7 +198,19 @@ def latency_curves(
             schedule,
         )
     fixed_ms = {fqn: total_ms(workloads) for fqn, workloads in fixed.items()}
+    if overhead is not None:
+        # Routing as it is deployed, in place of the product that it was looked up as. Which expert
+        # gets a token does not matter here.
+        for fqn, layer in moe_layers(model):
+            fixed_ms[fqn] = overhead.latency_ms(0.0, _counts(layer, all_tokens[fqn]))
     return ModelCurves(layers, sum(fixed_ms.values()))
+
+
+def _counts(layer: MoEMlp, tokens: int) -> dict[str, float]:
+    """What a layer does beside the products of its experts, in the names of COUNTS."""
+    linears = sum(isinstance(part, _LINEARS) for part in layer.experts.modules())
+    routed = tokens * layer.router.gate.in_features
+    return {"calls": 1.0, "operators": 1.0 + linears, "routed": float(routed)}
 
 
 def token_grid(tokens: int, points: int = GRID_POINTS) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.workload import FORMS
+from kernels.forms import FORMS
 from reparam.mult import MultLinear
 from reparam.shift import ShiftLinear, ShiftVariant
 

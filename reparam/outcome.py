@@ -186,16 +186,11 @@ def _measure(
 
 def _with_costs(result: VariantResult, costs: Costs, modelled_mj: float) -> VariantResult:
     timing, energy = costs.timings.get(result.name), costs.energies.get(result.name)
-    latency_ms = None
-    if timing and timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms:
-        latency_ms = Interval(
-            value=timing.latency_ms, low=timing.latency_low_ms, high=timing.latency_high_ms
-        )
     measured_mj = energy.energy_mj if energy else None
     why_not = energy.reason if energy else "was not run"
     return result.model_copy(
         update={
-            "latency_ms": latency_ms,
+            "latency_ms": Interval.of_latency(timing) if timing else None,
             "latency_reason": costs.reasons.get(result.name),
             "energy_mj": measured_mj or modelled_mj,
             "energy_source": "measured" if measured_mj else "modelled",

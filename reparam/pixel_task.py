@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reparam.data import Batches, Data, digit_parts, fixed_generator, random_affine, task_name
+from reparam.data import Data, composed, random_affine
 
 SIZE = 32
 IMAGES = {"train": 1024, "validation": 256, "test": 1024}
@@ -33,18 +33,7 @@ def pixels(seed: int, fold: int | None = None) -> Data:
         seed: Seed of the split and of the fixed images.
         fold: Which fold of the digits the test images are made of; None for a part by seed.
     """
-    glyphs, labels, parts = digit_parts(seed, fold)
-    glyphs = glyphs / glyphs.max()
-
-    def batches(split: str, batch_size: int, training: bool) -> Batches:
-        generator = torch.default_generator
-        if not training:
-            generator = fixed_generator(split, seed, fold)
-        for start in range(0, IMAGES[split], batch_size):
-            count = min(batch_size, IMAGES[split] - start)
-            yield compose(glyphs[parts[split]], labels[parts[split]], count, generator)
-
-    return Data(task_name("pixels", fold), 10, dict(IMAGES), batches)
+    return composed("pixels", compose, IMAGES, seed, fold)
 
 
 def compose(

@@ -7,6 +7,7 @@ weights still to come, so that the layer's output, not its weight, changes least
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.kernelised_hashing import run_with_hooks
+from kernels.packing import round_to_pow2
 from reparam.linear_forms import Clip
+from reparam.one_pass import watch_pass
 from reparam.shift import ShiftLinear
 
 # Rounding to powers of two repeats with each octave: scales of one octave are all there are.
@@ -67,7 +69,7 @@ def post_training_(
     clips = _clips(model)
     inputs: dict[nn.Module, Tensor] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(rows), generator=generator)[:_ROWS].to(rows.device)
@@ -75,8 +77,8 @@ def post_training_(
             torch.cat([inputs[module], rows[chosen]]) if module in inputs else rows[chosen]
         )
 
-    watched = [clips.get(layer, layer) for layer in layers.values()]
-    run_with_hooks(model, calibration, dict.fromkeys(watched, note))
+    inner = [clips.get(layer, layer) for layer in layers.values()]
+    watch_pass(model, calibration, dict.fromkeys(inner, note))
     return {
         fqn: _fit(layer, clips.get(layer), inputs.get(clips.get(layer, layer)), error_feedback)
         for fqn, layer in layers.items()
@@ -140,9 +142,7 @@ def best_codes(weight: Tensor, x: Tensor, exponent_min: int, error_feedback: boo
 
 
 def _rounded(weight: Tensor, scale: Tensor, exponent_min: int) -> Tensor:
-    relative = (weight / scale[:, None]).abs().clamp_min(2.0 ** (exponent_min - 1))
-    exponent = torch.round(torch.log2(relative)).clamp(exponent_min, 0)
-    return torch.where(weight < 0, -1.0, 1.0) * torch.exp2(exponent) * scale[:, None]
+    return round_to_pow2(weight / scale[:, None], exponent_min, 0) * scale[:, None]
 
 
 def _rounded_with_feedback(

@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from profiler.device import DeviceInfo
+from profiler.samples import Timing, paired_ratio
+from profiler.whole_file import write_whole
 
 
 class Interval(BaseModel):
@@ -18,6 +20,20 @@ class Interval(BaseModel):
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of_latency(cls, timing: Timing) -> Interval | None:
+        """A measured latency in ms; None if there is none."""
+        value, low, high = timing.latency_ms, timing.latency_low_ms, timing.latency_high_ms
+        if value is None or low is None or high is None:
+            return None
+        return cls(value=value, low=low, high=high)
+
+    @classmethod
+    def of_ratio(cls, of: Timing, to: Timing) -> Interval | None:
+        """A ratio of latencies measured in turns; None if one is missing."""
+        found = paired_ratio(of, to)
+        return cls(value=found.value, low=found.low, high=found.high) if found else None
 
 
 class LayerDispatch(BaseModel):
@@ -152,7 +168,7 @@ class FinetuneResults(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes results.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> FinetuneResults:

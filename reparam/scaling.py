@@ -59,15 +59,11 @@ def measure_scaling(settings: TimingSettings, tokens: tuple[int, ...] = TOKENS) 
             peaks = {way: _peak_bytes(launch) for way, launch in ways.items()}
             timings = measure_interleaved(dict(ways), settings)
         for way, timing in timings.items():
-            low, high = timing.latency_low_ms, timing.latency_high_ms
-            latency = None
-            if timing.latency_ms is not None and low is not None and high is not None:
-                latency = Interval(value=timing.latency_ms, low=low, high=high)
             rows.append(
                 ScalingRow(
                     way=way,
                     tokens=number,
-                    latency_ms=latency,
+                    latency_ms=Interval.of_latency(timing),
                     peak_bytes=peaks[way],
                     reason=timing.reason,
                 )

@@ -8,8 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
+from scipy.stats import linregress
 
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 from reparam.results import Interval
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +58,7 @@ class Scaling(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes scaling.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Scaling:
@@ -77,10 +79,7 @@ class Scaling(BaseModel):
                 if row.way == way and row.latency_ms and row.tokens >= _FIT_FROM
             ]
             if len(points) > 1:
-                mean_x = sum(x for x, _ in points) / len(points)
-                mean_y = sum(y for _, y in points) / len(points)
-                covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
-                found[way] = covariance / sum((x - mean_x) ** 2 for x, _ in points)
+                found[way] = float(linregress(*zip(*points)).slope)
         return found
 
     def table(self) -> Table:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kernels.forms import FORMS
 from kernels.packing import LinearParameters, nearest_pow2
-from kernels.workload import FORMS
 from reparam.fake_quantise import check_form, coded, exported, linear_as_deployed, straight_through
 
 SHIFT_FORMS = tuple(name for name, form in FORMS.items() if form["primitive"] == "shift")

@@ -158,7 +158,13 @@ def latency_objective(
         return None
     if variant.latency_loss == "balance":
         return LatencyObjective(variant.latency_loss_weight)
-    curves = latency_curves(model, table.lookup, example, variant.schedule).to(example.device)
+    curves = latency_curves(
+        model,
+        table.lookup,
+        example,
+        variant.schedule,
+        overhead=table.overhead("layer", "deployed"),
+    ).to(example.device)
     low_ms, high_ms = curves.bounds_ms
     budget_ms = variant.latency_budget_ms
     if variant.latency_budget_share is not None:

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from profiler.whole_file import whole_file
 from reparam.results import Epoch
 
 COLUMNS = tuple(Epoch.model_fields)
@@ -26,9 +27,7 @@ def log_epochs(path: Path, stage: str, history: Iterable[Epoch]) -> None:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("stage") != stage]
     rows += [entry.model_dump() for entry in history]
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    unfinished.replace(path)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from profiler.samples import Timing, TimingSettings, paired_ratio
+from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed import DeployedMoE
+from reparam.one_pass import watched
 from reparam.results import Interval
 from reparam.versus_torch_result import Comparison, Contestant
 
@@ -77,7 +79,7 @@ def torch_contestants(
 
 
 @torch.no_grad()
-def force_share_(deployed: nn.Module, share: float, example: Tensor) -> None:
+def force_share_(deployed: nn.Module, share: float, *inputs: Any, **named: Any) -> None:
     """Makes each router send a share of the example's tokens to the last expert.
 
     The gate becomes a random direction with the quantile of its products as the threshold: tokens
@@ -86,12 +88,13 @@ def force_share_(deployed: nn.Module, share: float, example: Tensor) -> None:
     Args:
         deployed: With MoE layers of two experts.
         share: Of tokens for the second expert, 0 to 1.
-        example: Input of the model.
+        inputs, named: Of the model or layer.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def aim(layer: DeployedMoE, inputs: tuple[Tensor, ...]) -> None:
-        tokens = layer.normalised(inputs[0]).flatten(0, -2)
+    def aim(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        assert isinstance(layer, DeployedMoE)
+        tokens = layer.normalised(args[0]).flatten(0, -2)
         direction = torch.randn(tokens.shape[1], generator=generator)
         products = tokens @ direction
         if 0 < share < 1:
@@ -101,16 +104,8 @@ def force_share_(deployed: nn.Module, share: float, example: Tensor) -> None:
         layer.gate = torch.stack((-direction, direction)) / 2
         layer.gate_bias = torch.tensor([threshold, -threshold]) / 2
 
-    handles = [
-        module.register_forward_pre_hook(aim)
-        for module in deployed.modules()
-        if isinstance(module, DeployedMoE)
-    ]
-    try:
-        deployed(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched({part: aim for part in deployed.modules() if isinstance(part, DeployedMoE)}):
+        deployed(*inputs, **named)
 
 
 def compare(
@@ -143,7 +138,7 @@ def compare(
         Contestant(
             name=way,
             ours=way in deployed,
-            latency_ms=_interval(timings[way]),
+            latency_ms=Interval.of_latency(timings[way]),
             reason=timings[way].reason,
         )
         for way in launches
@@ -157,12 +152,8 @@ def compare(
     def speedups(against: str | None) -> dict[str, Interval]:
         if against is None or against not in timings:
             return {}
-        ratios = {way: paired_ratio(timings[against], timings[way]) for way in deployed}
-        return {
-            way: Interval(value=ratio.value, low=ratio.low, high=ratio.high)
-            for way, ratio in ratios.items()
-            if ratio is not None
-        }
+        ratios = {way: Interval.of_ratio(timings[against], timings[way]) for way in deployed}
+        return {way: ratio for way, ratio in ratios.items() if ratio is not None}
 
     return Comparison(
         model=name,
@@ -180,10 +171,3 @@ def _launch(model: nn.Module, example: Tensor) -> Callable[[], None]:
         model(example)
 
     return launch
-
-
-def _interval(timing: Timing) -> Interval | None:
-    if timing.latency_ms is None:
-        return None
-    assert timing.latency_low_ms is not None and timing.latency_high_ms is not None
-    return Interval(value=timing.latency_ms, low=timing.latency_low_ms, high=timing.latency_high_ms)

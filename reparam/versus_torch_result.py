@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from profiler.device import DeviceInfo
+from profiler.whole_file import write_whole
 from reparam.results import Interval
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +67,7 @@ class VersusTorch(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes versus_torch.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> VersusTorch:

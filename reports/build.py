@@ -11,6 +11,7 @@ from rich.console import Console
 
 from profiler.command_line import BadInput, output_folder
 from profiler.command_line import run as run_command
+from profiler.whole_file import write_whole
 from reports import (
     ablation_section,
     accuracy_section,
@@ -99,13 +100,9 @@ def build(
 
 
 def _write(out: Path, html: str) -> None:
-    # Renamed into place: whoever has the page open never sees half of it.
-    part = out.with_name(f"{out.name}.part")
     try:
-        part.write_text(html, encoding="utf-8")
-        part.replace(out)
+        write_whole(out, html)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from error
 
 

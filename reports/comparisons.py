@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from statistics import median
 from typing import Literal
 
 import pandas as pd
 
-from kernels.workload import Workload
 from profiler.device import DeviceInfo
 from profiler.store import Measurement
 from reports.formats import WithInterval
@@ -77,13 +76,7 @@ def _schedule(row: Measurement) -> str:
 
 def form_of(row: Measurement) -> str:
     """Name of the form of a row's workload; empty for layers and models."""
-    return _form_of_workload(row.workload) if row.workload else ""
-
-
-@cache
-def _form_of_workload(workload: Workload) -> str:
-    # Asked for many times of each row, and found by comparing with every known form.
-    return workload.form
+    return row.workload.form if row.workload else ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from reports.palette import (
     PURPLE,
     SKY,
     SURFACE,
+    in_legend_order,
 )
 from reports.plots import (
     Canvas,
@@ -41,8 +42,7 @@ def speedups_by_product(data: pd.DataFrame, width_px: int) -> Canvas:
     """
     products = list(dict.fromkeys(data["product"]))
     narrow = is_narrow(width_px)
-    forms = [form for form in FORM_MARKS if form in set(data.form)]
-    forms += sorted(set(data.form) - set(forms))
+    forms = in_legend_order(data.form)
     legend_px = 24 * math.ceil(len(forms) / (2 if narrow else 6))
     figure, ((axes,),) = axes_grid(
         width_px, 80 + legend_px + len(products) * (46 if narrow else 30)
@@ -82,8 +82,7 @@ def speedups_by_size(data: pd.DataFrame, width_px: int) -> Canvas:
         data: What ``comparisons.speedups`` returns.
         width_px: Width to draw for.
     """
-    forms = [form for form in FORM_MARKS if form in set(data.form)]
-    forms += sorted(set(data.form) - set(forms))
+    forms = in_legend_order(data.form)
     columns = min(2 if is_narrow(width_px) else 4, len(forms))
     rows = math.ceil(len(forms) / columns)
     figure, grid = axes_grid(width_px, 80 + rows * 165, rows, columns, sharex=True, sharey=True)

@@ -64,6 +64,11 @@ def _detail(row: Measurement, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def _predicted_ms(row: Measurement) -> float | None:
+    with_overhead = _detail(row, "predicted_ms")
+    return _detail(row, "kernel_ms") if with_overhead is None else with_overhead
+
+
 def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | None:
     drawn = sorted(rows, key=lambda row: -(row.latency_ms or 0))[:MAX_LAYERS_DRAWN]
     kept = [row for row in rows if row in drawn]
@@ -74,7 +79,7 @@ def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | N
                 "measured_ms": row.latency_ms,
                 "measured_low_ms": row.latency_low_ms,
                 "measured_high_ms": row.latency_high_ms,
-                "predicted_ms": _detail(row, "kernel_ms"),
+                "predicted_ms": _predicted_ms(row),
                 "predicted_low_ms": None,
                 "predicted_high_ms": None,
                 "weight_bytes": row.weight_bytes,
@@ -99,7 +104,7 @@ def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | N
 def _table(model: str, device: str, rows: Sequence[Measurement]) -> Table:
     cells: list[tuple[str | Cell, ...]] = []
     for row in rows:
-        predicted = _detail(row, "kernel_ms")
+        predicted = _predicted_ms(row)
         ratio = 100 * (predicted / row.latency_ms - 1) if predicted and row.latency_ms else None
         tokens = {
             name.removeprefix("tokens."): value

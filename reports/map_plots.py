@@ -9,7 +9,17 @@ import numpy as np
 import pandas as pd
 
 from reports.layout import plain_number
-from reports.palette import FORM_MARKS, HEAT, INK, LINE, MUTED, OTHER_MARK, OUTCOME_MARKS, SURFACE
+from reports.palette import (
+    FORM_MARKS,
+    HEAT,
+    INK,
+    LINE,
+    MUTED,
+    OTHER_MARK,
+    OUTCOME_MARKS,
+    SURFACE,
+    in_legend_order,
+)
 from reports.plots import (
     Axes,
     Canvas,
@@ -133,8 +143,7 @@ def roofline(data: pd.DataFrame, width_px: int, roofs: Mapping[str, float]) -> C
     """
     narrow = is_narrow(width_px)
     figure, ((axes,),) = axes_grid(width_px, 400 if narrow else 420)
-    forms = [form for form in FORM_MARKS if form in set(data.form)]
-    forms += sorted(set(data.form) - set(forms))
+    forms = in_legend_order(data.form)
     for form in forms:
         part = data[data.form == form]
         colour, marker = FORM_MARKS.get(form, OTHER_MARK)

@@ -7,6 +7,7 @@ printed page. A marker's shape or a hatch always says the same as its colour.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 INK, MUTED, LINE, SURFACE = "#1d2430", "#5b6472", "#d8dde5", "#fefefe"
@@ -55,6 +56,14 @@ VARIANT_MARKS = {
     "moe": (PURPLE, "o"),
 }
 OTHER_MARK = (INK, "P")
+
+
+def in_legend_order(forms: Iterable[str]) -> list[str]:
+    """Each form once: those with a mark of their own first, in its order."""
+    found = set(forms)
+    known = [form for form in FORM_MARKS if form in found]
+    return known + sorted(found.difference(known))
+
 
 STYLE: dict[Any, Any] = {
     # "$" in a name is a dollar sign, never the start of a formula.

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from cost_models.latency_table import LatencyTable, TableError
-from kernels.workload import FORMS, linear
+from kernels.forms import FORMS
+from kernels.workload import linear
 from reports import map_plots
 from reports.comparisons import Comparison, form_of, latency, speedups
 from reports.formats import significant

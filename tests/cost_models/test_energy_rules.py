@@ -10,7 +10,8 @@ from cost_models.energy_rules import (
     saving_table,
     savings,
 )
-from kernels.workload import FORMS, Workload, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, linear
 
 DENSE = linear("mult_fp32", 3136, 32, 256)
 SHIFT = linear("shift_fp32", 3136, 32, 256)

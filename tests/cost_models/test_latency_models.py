@@ -16,9 +16,10 @@ from cost_models.fitted_model import PhysicalCore
 from cost_models.models import LearnedLatency, fit_core
 from cost_models.physical_core import CORES, Machine, panel_rows
 from cost_models.rivals import FlopsProportional, NearestNeighbour, Roofline
+from kernels.forms import FORMS
 from kernels.lowerings import panel_gemm
 from kernels.targets import cpu_target
-from kernels.workload import FORMS, Workload, linear
+from kernels.workload import Workload, linear
 from profiler.device import DeviceInfo
 
 CPU = DeviceInfo(kind="cpu", name="synthetic", threads=2, cores=8)

@@ -1,109 +1,149 @@
+"""Layers and models as the sum of their kernels and what those leave out."""
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_models.layer_models import LayerOverhead, MoELatency, fit_overheads, latency_curve
+from cost_models.fit import fit
+from cost_models.layer_models import fit_overheads, predict_left_out
+from cost_models.overheads import LayerOverhead
+from cost_models.work import COUNTS, Work, WorkError
+from kernels.forms import FORMS
+from kernels.workload import Workload, attention, linear
+
+PRODUCTS = {linear("shift_int8", 100, 64, 64): 2, linear("shift_int8", 49, 64, 512): 1}
 
 
-def layer_row(measure, model, tokens, kernel_ms, latency_ms, lowering="deployed"):
-    details = {
-        "layer": "blocks.0.mlp",
-        "model": model,
-        "batch": 1,
-        "tokens": tokens,
-        "tokens.mult": tokens - 1,
-        "tokens.shift": 1,
-        "kernel_ms": kernel_ms,
-    }
+@pytest.fixture(scope="module")
+def table(sweep):
+    return fit(sweep, "sweep")[0]
+
+
+def kernels_ms(table, times):
+    return sum(times * n * table.lookup(w).latency_ms for w, n in PRODUCTS.items())
+
+
+def row_of(measure, table, model, times, tokens, lowering="deployed", extra=0.0, **fields):
+    work = Work(
+        {w: times * n for w, n in PRODUCTS.items()},
+        {"calls": 1.0, "operators": 3.0 * times, "routed": float(tokens)},
+    )
+    latency_ms = kernels_ms(table, times) + 0.02 + 0.01 * 3 * times + 1e-5 * tokens + extra
     return measure(
         None,
         latency_ms,
         kind="layer",
-        subject=f"{model} {tokens} {lowering}",
+        subject=f"{model} {times} {tokens} {lowering}",
         lowering=lowering,
-        details=details,
+        device=table.device,
+        details={"model": model, **work.details()} | fields,
     )
 
 
-def overhead_ms(tokens):
-    return 0.02 + 1e-5 * tokens
-
-
-def rows_of(measure, lowering="deployed", extra=0.0):
+@pytest.fixture
+def rows(measure, table):
     return [
-        layer_row(
-            measure,
-            model,
-            tokens,
-            tokens * 1e-3,
-            tokens * 1e-3 + overhead_ms(tokens) + extra,
-            lowering,
-        )
+        row_of(measure, table, model, times, tokens)
         for model in ("a", "b", "c")
-        for tokens in (10, 100, 1000)
+        for times in (1, 4)
+        for tokens in (10, 1000, 30000)
     ]
 
 
-def test_overheads_of_layers_are_found_apart_for_each_lowering(measure):
-    rows = rows_of(measure) + rows_of(measure, "torch", extra=0.5)
-    deployed, torch_ = fit_overheads(rows)
-    assert (deployed.lowering, torch_.lowering) == ("deployed", "torch")
-    assert deployed.latency_ms(0.2, 5, 200) == pytest.approx(0.2 + overhead_ms(200), rel=0.01)
-    assert torch_.latency_ms(0.2, 5, 200) == pytest.approx(0.7 + overhead_ms(200), rel=0.01)
-    assert deployed.models == 3 and deployed.rows == 9
-    assert deployed.mape < 1
+def test_overheads_are_found_and_models_predicted_that_were_not_fitted(rows, table):
+    predicted, skipped = predict_left_out(rows, table)
+    assert not skipped and len(predicted) == len(rows)
+    for one in predicted:
+        assert one.predicted_ms == pytest.approx(one.row.latency_ms, rel=0.01)
+        assert one.kernel_ms < one.row.latency_ms
+    (overhead,) = fit_overheads(predicted)
+    assert (overhead.models, overhead.rows) == (3, 18) and overhead.mape < 1
+    assert overhead.costs_ms["operators"] == pytest.approx(0.01, rel=0.05)
+    assert overhead.costs_ms["routed"] == pytest.approx(1e-5, rel=0.05)
 
 
-def test_one_model_has_no_error_and_rows_without_details_do_not_count(measure):
-    rows = [row for row in rows_of(measure) if row.details["model"] == "a"]
-    (found,) = fit_overheads([*rows, measure(None, 1.0, kind="model", lowering="deployed")])
-    assert found.mape is None and found.rows == 3
-    assert fit_overheads([]) == ()
+def test_deployed_and_torch_are_never_mixed(measure, table, rows, sweep):
+    others = [
+        measure(
+            None,
+            5.0,
+            kind="layer",
+            subject=name,
+            lowering="torch",
+            device=table.device,
+            details={"model": name, **Work({}, {"calls": 1.0}).details()},
+        )
+        for name in ("a", "b")
+    ]
+    fitted, _ = fit([*sweep, *rows, *others], "sweep")
+    assert fitted.overhead("layer", "torch").costs_ms == pytest.approx({"calls": 5.0})
+    assert fitted.overhead("layer", "deployed").models == 3
+    assert fitted.overhead("model", "deployed") is None
 
 
-@given(
-    st.lists(st.floats(1e-3, 10), min_size=12, max_size=12),
-    st.integers(1, 1500),
-    st.floats(0, 1500),
-    st.floats(0, 1500),
-)
-def test_a_curve_starts_at_nothing_and_never_falls(values, most, one, other):
-    curve = latency_curve(lambda tokens: values[tokens.bit_length()], most)
-    assert curve(0) == pytest.approx(0, abs=1e-9)
-    low, high = sorted((one, other))
-    assert curve(low) <= curve(high) + 1e-6
+def test_one_model_has_no_error_and_a_row_without_work_says_why(measure, table, rows):
+    own = [row for row in rows if row.details["model"] == "a"]
+    bare = measure(
+        None, 1.0, kind="model", subject="bare", lowering="deployed", device=table.device
+    )
+    unknown = row_of(measure, table, "a", 1, 10, products="1*mult_bf16:1x5x64x64", subject="new")
+    predicted, skipped = predict_left_out([*own, bare, unknown], table)
+    assert {one.predicted_ms for one in predicted} == {None}
+    assert fit_overheads(predicted)[0].mape is None
+    assert "products" in skipped["bare"] and "mult_bf16" in skipped[unknown.subject]
+    assert predict_left_out([], table) == ([], {}) and fit_overheads([]) == ()
 
 
-def test_a_curve_goes_through_what_it_was_made_of():
-    curve = latency_curve(lambda tokens: 0.01 + 0.002 * tokens, 100)
-    for tokens in (1, 2, 64, 100):
-        assert curve(tokens) == pytest.approx(0.01 + 0.002 * tokens)
-
-
-def test_the_layer_has_a_gradient_and_two_schedules():
-    curves = tuple(latency_curve(lambda tokens, r=rate: r * tokens, 64) for rate in (0.02, 0.005))
-    tokens = torch.tensor([40.0, 24.0], requires_grad=True)
-    one_by_one = MoELatency(0.1, curves).latency_ms(list(tokens))
-    one_by_one.backward()
-    assert one_by_one.item() == pytest.approx(0.1 + 40 * 0.02 + 24 * 0.005)
-    assert tokens.grad.tolist() == pytest.approx([0.02, 0.005])
-    at_once = MoELatency(0.1, curves, parallel=True)
-    assert at_once.latency_ms([40, 24]) == pytest.approx(0.1 + 40 * 0.02)
-    assert at_once.latency_ms([1, 60]) == pytest.approx(0.1 + 60 * 0.005)
-
-
-def test_gather_and_combine_count_where_they_were_measured():
+def test_a_gradient_flows_through_an_overhead():
     overhead = LayerOverhead(
         kind="layer",
         lowering="deployed",
-        launch_ms=0.1,
-        per_kernel_ms=0.01,
-        per_token_ms=0.001,
+        costs_ms={"calls": 0.1, "operators": 0.01, "routed": 0.001},
         rows=9,
         models=3,
         mape=1.0,
     )
-    curves = (latency_curve(lambda tokens: 0.01 * tokens, 64),) * 2
-    found = MoELatency(0.2, curves, overhead, kernels=5).latency_ms([10, 20])
-    assert found == pytest.approx(0.2 + 0.3 + 0.1 + 0.05 + 0.03)
+    routed = torch.tensor(30.0, requires_grad=True)
+    found = overhead.latency_ms(0.5, {"calls": 1, "operators": 5, "routed": routed})
+    found.backward()
+    assert found.item() == pytest.approx(0.5 + 0.1 + 0.05 + 0.03)
+    assert routed.grad.item() == pytest.approx(0.001)
+
+
+linears = st.builds(
+    linear,
+    st.sampled_from([name for name, form in FORMS.items() if form["w_layout"] == "nk"]),
+    *[st.integers(1, 5000)] * 3,
+)
+attentions = st.builds(lambda b, m: attention(b, m, 32, 32).both, *[st.integers(1, 500)] * 2)
+
+
+@given(
+    st.dictionaries(linears | attentions, st.integers(1, 50), max_size=5),
+    st.dictionaries(st.sampled_from(list(COUNTS)), st.floats(0, 1e9), max_size=5),
+)
+def test_work_survives_a_row_of_the_store(products, counts):
+    work = Work(products, counts)
+    found = Work.of_details({"model": "x", **work.details()})
+    assert dict(found.products) == products and dict(found.counts) == counts
+
+
+@pytest.mark.parametrize(
+    "details, named",
+    [
+        ({}, "products"),
+        ({"products": "3*nothing:1x1x1x1"}, "nothing"),
+        ({"products": "3*mult_fp32:1x1x1"}, "products"),
+        ({"products": "", "count.wishes": 1.0}, "wishes"),
+        ({"products": "", "count.calls": -1.0}, "calls"),
+    ],
+)
+def test_details_that_describe_no_work_are_refused(details, named):
+    with pytest.raises(WorkError, match=named):
+        Work.of_details(details)
+
+
+def test_products_are_written_for_people_too():
+    text = Work({Workload(m=5, k=7, n=9, **FORMS["mult_fp32"]): 2}, {}).details()["products"]
+    assert text == "2*mult_fp32:1x5x7x9"

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_models.operation_energy import UnknownOperation, operation_energy
-from kernels.workload import FORMS, Workload, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, linear
 
 sizes = st.fixed_dictionaries({name: st.integers(1, 4096) for name in ("b", "m", "k", "n")})
 

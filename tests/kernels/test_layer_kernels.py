@@ -66,3 +66,15 @@ def test_depthwise_gelu(images, height, width, channels, activated):
     )
     expected = F.gelu(expected) if activated else expected
     torch.testing.assert_close(out.double(), expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side, stride, padding", [(4, 4, 0), (7, 4, 3), (3, 2, 1), (2, 1, 0)])
+@pytest.mark.parametrize("images, channels, height, width", [(1, 3, 16, 12), (2, 5, 9, 14)])
+def test_patches_are_what_a_convolution_multiplies(
+    side, stride, padding, images, channels, height, width
+):
+    x, weight = torch.randn(images, channels, height, width), torch.randn(6, channels, side, side)
+    rows = torch.ops.shiftadd.patches(x, side, stride, padding)
+    expected = F.conv2d(x.double(), weight.double(), stride=stride, padding=padding)
+    found = (rows.double() @ weight.double().flatten(1).T).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected)

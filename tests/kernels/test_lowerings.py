@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from kernels.baselines import BASELINES, baseline, names
 from kernels.build import LOWERINGS, BuildError, build, compiled, lowerings, set_threads
+from kernels.forms import AROUND
 from kernels.lowerings.code_groups import groups_of
 from kernels.reference import Operands, max_abs_error, oracle, random_operands
 from kernels.targets import TargetError, cpu_target, cuda_target
-from kernels.workload import AROUND, WorkloadError, attention, linear
+from kernels.workload import WorkloadError, attention, linear
 
 LINEAR = [
     f for low in LOWERINGS.values() if low.target == "llvm" for f in low.forms if "add" not in f

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import packing
-from kernels.workload import FORMS
+from kernels.forms import FORMS
 
 small = st.integers(1, 70)
 seeds = st.integers(0, 2**31)

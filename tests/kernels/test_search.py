@@ -75,6 +75,26 @@ def test_a_gain_within_the_noise_moves_nothing():
     assert last(SPACE, {"rows": 4, "outer": 0}, nearly).best == {"rows": 4, "outer": 0}
 
 
+def test_a_screen_spares_the_dear_measure_and_finds_the_same():
+    cheap, dear = Bench(valley), Bench(valley)
+    step = last(SPACE, DEFAULT, dear, screen=cheap)
+    assert step.best == {"rows": 7, "outer": 1} and step.latency_ms == 1
+    assert max(len(call) for call in dear.calls) == 1 + 3
+    assert sum(map(len, dear.calls)) < sum(map(len, cheap.calls))
+
+
+def test_a_screen_that_sees_nothing_decides_nothing():
+    def blind(schedules):
+        return [None] * len(schedules)
+
+    assert last(SPACE, {"rows": 6, "outer": 1}, Bench(valley), screen=blind).latency_ms <= 2
+
+
+def test_a_misled_screen_never_makes_it_slower_than_the_default():
+    backwards = Bench(lambda rows, outer: 1 / valley(rows, outer))
+    assert valley(**last(SPACE, DEFAULT, Bench(valley), screen=backwards).best) <= valley(**DEFAULT)
+
+
 def test_schedules_without_a_figure_never_win():
     only_odd = Bench(lambda rows, outer: None if rows % 2 == 0 else valley(rows + 1, outer))
     step = last(SPACE, DEFAULT, only_odd)

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from kernels import torch_ops
+from kernels.forms import FORMS as EVERY_FORM
 from kernels.packing import pack_linear, quantise_rows, quantise_weight
 from kernels.reference import Operands, oracle
-from kernels.workload import FORMS as EVERY_FORM
 from kernels.workload import attention
 
 FORMS = [name for name, form in EVERY_FORM.items() if form["w_layout"] == "nk"]

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.workload import FORMS, Workload, WorkloadError, attention, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, WorkloadError, attention, linear
 
 sizes = st.integers(1, 10_000)
 linear_forms = st.sampled_from([name for name, form in FORMS.items() if form["w_layout"] == "nk"])

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from kernels.workload import FORMS, Workload, attention, linear
+from kernels.forms import FORMS
+from kernels.workload import Workload, attention, linear
 from profiler.device import DeviceInfo
 from profiler.store import Measurement, StoreError, create_store, open_store
 

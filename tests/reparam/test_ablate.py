@@ -190,7 +190,7 @@ def test_results_are_written_whole(tmp_path):
     (tmp_path / "unit.json").write_text(json.dumps({"format": "else"}))
     with pytest.raises(BadInput, match=r"unit\.json"):
         AblationUnit.load(tmp_path / "unit.json")
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
     assert Interval(value=1, low=0, high=2).value == 1
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from kernels.workload import FORMS
+from kernels.forms import FORMS
 from reparam.add_attention import AddAttention, LinearCore
 from reparam.attention_structure import example_input, trace
 from reparam.coded_attention import CodedAttention

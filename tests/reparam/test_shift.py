@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kernels.forms import FORMS
 from kernels.packing import byte_to_pow2, pack_linear, pow2_to_byte, quantise_rows
-from kernels.workload import FORMS
 from reparam.fake_quantise import straight_through
 from reparam.hashing import binarise, code_source
 from reparam.mult import MULT_FORMS, MultLinear

@@ -120,7 +120,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path):
     assert without_seconds(parts) == without_seconds(whole)
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_seed_decides_the_weights():

@@ -33,4 +33,4 @@ def test_a_stage_is_written_anew_and_others_stay(tmp_path):
         ("moe", "1", "0.5"),
     ]
     assert rows(path)[0]["latency_loss"] == ""
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))

@@ -1,0 +1,211 @@
+"""Measures MoE layers and whole models beside what a latency table predicts of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from cost_models.latency_table import LatencyTable, TableError
+from cost_models.layer_models import Predicted, kernel_ms, mape
+from cost_models.work import Work
+from profiler.device import DeviceInfo
+from profiler.measurement import row_key
+from profiler.samples import Timing, TimingSettings
+from profiler.store import Measurement
+from profiler.timing import measure_interleaved
+from reparam.attention_fit import captured_arguments
+from reparam.deploy import stored_bytes
+from reparam.deployed import DeployedMoE
+from reparam.versus_torch import force_share_
+from reparam.watched_work import work_of
+
+RUN = "predicted-versus-measured"
+SHARES = tuple(range(0, 101, 10))
+_NO_ENERGY = "only latency was asked for"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at one batch.
+
+    Attributes:
+        model: Its name.
+        original: As timm has it.
+        deployed: Converted and deployed.
+        example: ``(b, c, h, w)``.
+    """
+
+    model: str
+    original: nn.Module
+    deployed: nn.Module
+    example: Tensor
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Details of each of its rows."""
+        images, _, _, side = self.example.shape
+        return {"model": self.model, "batch": images, "image_size": side}
+
+
+def measured_rows(
+    case: Case, table: LatencyTable, settings: TimingSettings, known: set[str]
+) -> Iterator[Measurement]:
+    """One row for each share of each size of MoE layer, and one for each whole model.
+
+    Args:
+        case: What to measure.
+        table: For the sums over kernels that the rows carry.
+        settings: How precisely.
+        known: Keys of rows that need not be measured again.
+    """
+    device = table.device
+    models = {"deployed": case.deployed, "torch": case.original}
+    subject = f"{case.model}, batch {len(case.example)}"
+    if not {_key("model", subject, name, device) for name in models} <= known:
+        launches = {name: _Launch(model, (case.example,), {}) for name, model in models.items()}
+        timings = _timed(launches, settings)
+        for name, model in models.items():
+            work = work_of(model, case.example)
+            details = case.about | work.details() | _kernels(work, name, table)
+            yield _row("model", subject, name, device, timings[name], model, details)
+    for fqn, layer, args, kwargs in moe_sizes(case):
+        subjects = {share: f"{subject}, {fqn}, {share} % shift" for share in SHARES}
+        if {_key("layer", text, "deployed", device) for text in subjects.values()} <= known:
+            continue
+        made = {}
+        for share in SHARES:
+            made[share] = copy.deepcopy(layer)
+            force_share_(made[share], share / 100, *args, **kwargs)
+        launches = {str(share): _Launch(one, args, kwargs) for share, one in made.items()}
+        timings = _timed(launches, settings)
+        for share, one in made.items():
+            work = work_of(one, *args, **kwargs)
+            details = case.about | {"layer": fqn, "share": share} | work.details()
+            details |= _kernels(work, "deployed", table)
+            timing = timings[str(share)]
+            yield _row("layer", subjects[share], "deployed", device, timing, one, details)
+
+
+def moe_sizes(
+    case: Case,
+) -> Iterator[tuple[str, DeployedMoE, tuple[Any, ...], Mapping[str, Any]]]:
+    """The first MoE layer of each size, with what it is called with."""
+    layers = {
+        fqn: part for fqn, part in case.deployed.named_modules() if isinstance(part, DeployedMoE)
+    }
+    seen = set()
+    for fqn, (args, kwargs) in captured_arguments(case.deployed, case.example, layers).items():
+        sizes = [(p.in_features, p.out_features) for p in layers[fqn].linears]
+        size = (args[0].shape, tuple(sizes))
+        if size not in seen:
+            seen.add(size)
+            yield fqn, layers[fqn], args, kwargs
+
+
+@dataclass(frozen=True)
+class _Launch:
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self) -> None:
+        self.module(*self.args, **self.kwargs)
+
+
+def _timed(launches: Mapping[str, _Launch], settings: TimingSettings) -> dict[str, Timing]:
+    with torch.no_grad():
+        return measure_interleaved(dict(launches), settings)
+
+
+def _kernels(work: Work, lowering: str, table: LatencyTable) -> dict[str, Any]:
+    try:
+        return {"kernel_ms": kernel_ms(work, lowering, table)}
+    except TableError as error:
+        return {"kernel_ms": None, "kernel_reason": str(error)}
+
+
+def _key(kind: str, subject: str, lowering: str, device: DeviceInfo) -> str:
+    return row_key(f"{kind}:{subject}", lowering, "hot", device.fingerprint)
+
+
+def _row(
+    kind: Any,
+    subject: str,
+    lowering: str,
+    device: DeviceInfo,
+    timing: Timing,
+    module: nn.Module,
+    details: Mapping[str, Any],
+) -> Measurement:
+    return Measurement(
+        kind=kind,
+        subject=subject,
+        device=device,
+        lowering=lowering,
+        is_baseline=lowering == "torch",
+        **timing.columns,
+        energy_reason=_NO_ENERGY,
+        weight_bytes=stored_bytes(module),
+        run=RUN,
+        details={**timing.details, **details},
+    )
+
+
+def table_of(predicted: Sequence[Predicted], skipped: Mapping[str, str]) -> list[Table]:
+    """For people: whole models one by one, layers by model."""
+    models = Table(
+        title="Whole models, predicted from the rows of the others",
+        caption=_caption([one for one in predicted if one.row.kind == "model"]),
+    )
+    for heading in ("model", "", "measured ms", "its kernels", "predicted", "off by"):
+        models.add_column(heading, justify="left" if heading in ("model", "") else "right")
+    layers = Table(
+        title="MoE layers at 0, 10, … 100 % shift, predicted from the rows of other models",
+        caption=_caption([one for one in predicted if one.row.kind == "layer"]),
+    )
+    for heading in ("model", "rows", "MAPE", "worst"):
+        layers.add_column(heading, justify="left" if heading == "model" else "right")
+    by_model: dict[str, list[Predicted]] = {}
+    for one in predicted:
+        if one.row.kind == "layer":
+            name = f"{one.model}, batch {one.row.details.get('batch')}"
+            by_model.setdefault(name, []).append(one)
+        else:
+            figures = (one.row.latency_ms, one.kernel_ms, one.predicted_ms)
+            texts = ("–" if figure is None else f"{figure:.3f}" for figure in figures)
+            models.add_row(one.row.subject, one.row.lowering, *texts, _off(one))
+    for name, rows in by_model.items():
+        worst = max(rows, key=lambda one: abs(_error(one) or 0.0))
+        found = mape(rows)
+        share = "–" if found is None else f"{found:.1f} %"
+        layers.add_row(name, str(len(rows)), share, _off(worst))
+    if skipped:
+        models.add_section()
+        for subject, reason in skipped.items():
+            models.add_row(subject, reason)
+    return [models, layers]
+
+
+def _error(one: Predicted) -> float | None:
+    if one.predicted_ms is None or one.row.latency_ms is None:
+        return None
+    return one.predicted_ms / one.row.latency_ms - 1
+
+
+def _off(one: Predicted) -> str:
+    error = _error(one)
+    return "needs another model" if error is None else f"{100 * error:+.1f} %"
+
+
+def _caption(rows: Sequence[Predicted]) -> str:
+    parts = []
+    for lowering in dict.fromkeys(one.row.lowering for one in rows):
+        found = mape([one for one in rows if one.row.lowering == lowering])
+        parts.append(f"{lowering}: " + ("–" if found is None else f"MAPE {found:.1f} %"))
+    return ", ".join(parts)

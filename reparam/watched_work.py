@@ -1,0 +1,126 @@
+"""What a forward pass does, operator by operator; of deployed models and torch's originals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels.layer_ops  # noqa: F401  registers torch.ops.shiftadd
+from cost_models.work import Work
+from kernels.workload import Workload, attention, linear
+from reparam.one_pass import evaluating
+
+
+def work_of(model: nn.Module, *inputs: Any) -> Work:
+    """Watches one forward pass in evaluation mode.
+
+    Args:
+        model: Any; left as it was.
+        inputs: Of its ``forward``.
+
+    Returns:
+        Products of ours in the forms that they have, torch's matrix products as ``mult_fp32``.
+        Tokens are routed as these inputs are.
+    """
+    watch = _Watch()
+    with evaluating(model), watch:
+        model(*inputs)
+    return Work(dict(watch.products), {"calls": 1.0} | dict(watch.counts))
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Workload] = Counter()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.counts["operators"] += 1
+            note = _NOTES.get(func.overloadpacket._qualified_op_name, _Watch._elements)
+            note(self, args, result)
+        return result
+
+    def _product(self, workload: Workload, number: int = 1) -> None:
+        self.products[workload] += number
+
+    def _elements(self, args: Any, result: Any) -> None:
+        if isinstance(result, Tensor):
+            self.counts["elements"] += result.numel()
+        elif isinstance(result, tuple | list):
+            self.counts["elements"] += sum(x.numel() for x in result if isinstance(x, Tensor))
+
+    def _linear(self, args: Any, result: Tensor) -> None:
+        x, _, form, n = args[:4]
+        self._product(linear(form, x.shape[:-1].numel(), x.shape[-1], n))
+
+    def _add_attention(self, args: Any, result: Tensor) -> None:
+        q, _, v, alphabet = args
+        self._product(attention(q.shape[0], q.shape[1], q.shape[2], v.shape[2], alphabet).both)
+
+    def _angular(self, args: Any, result: Tensor) -> None:
+        qkv, conv, alphabet = args
+        (images, tokens, width), heads = qkv.shape, conv.shape[0]
+        head_dim = width // (3 * heads)
+        self._product(attention(images * heads, tokens, head_dim, head_dim, alphabet).both)
+        self.counts["elements"] += result.numel()
+
+    def _moe(self, args: Any, result: Tensor) -> None:
+        x, norm, gate, gate_bias, _, _, forms, sizes, *_ = args
+        tokens = x.reshape(-1, x.shape[-1])
+        self.counts["routed"] += tokens.numel()
+        _, _, counts = torch.ops.shiftadd.route(tokens, norm, gate, gate_bias)
+        depth = len(forms) // len(counts)
+        for expert, m in enumerate(counts.tolist()):
+            for step in range(depth) if m else ():
+                form = forms[expert * depth + step]
+                self._product(linear(form, m, sizes[step], sizes[step + 1]))
+                self.counts["operators"] += 1
+
+    def _depthwise(self, args: Any, result: Tensor) -> None:
+        self.counts["depthwise_macs"] += args[1].shape[0] * result.numel()
+
+    def _patches(self, args: Any, result: Tensor) -> None:
+        self.counts["patch_elements"] += result.numel()
+
+    def _addmm(self, args: Any, result: Tensor) -> None:
+        x, w = args[-2:]
+        self._product(linear("mult_fp32", x.shape[0], x.shape[1], w.shape[1]))
+
+    def _convolution(self, args: Any, result: Tensor) -> None:
+        x, weight = args[:2]
+        is_depthwise = x.shape[1] > 1 and weight.shape[1] == 1
+        name = "depthwise_macs" if is_depthwise else "conv_macs"
+        self.counts[name] += result.numel() * weight[0].numel()
+
+    def _bmm(self, args: Any, result: Tensor) -> None:
+        self.counts["attention_macs"] += result.numel() * args[0].shape[-1]
+
+    def _attention(self, args: Any, result: Any) -> None:
+        q, k, v = args[:3]
+        pairs = q.shape[:-1].numel() * k.shape[-2]
+        self.counts["attention_macs"] += pairs * (q.shape[-1] + v.shape[-1])
+
+
+_NOTES = {
+    "shiftadd::linear": _Watch._linear,
+    "shiftadd::add_attention": _Watch._add_attention,
+    "shiftadd::angular_attention": _Watch._angular,
+    "shiftadd::moe": _Watch._moe,
+    "shiftadd::depthwise_gelu": _Watch._depthwise,
+    "shiftadd::patches": _Watch._patches,
+    "aten::addmm": _Watch._addmm,
+    "aten::mm": _Watch._addmm,
+    "aten::convolution": _Watch._convolution,
+    "aten::bmm": _Watch._bmm,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _Watch._attention,
+    "aten::_scaled_dot_product_efficient_attention": _Watch._attention,
+    "aten::_scaled_dot_product_flash_attention": _Watch._attention,
+}
