@@ -34,8 +34,11 @@ class TimingSettings:
 
     Attributes:
         sample_ms: Target length of one sample: as many launches back to back as fill it.
-        warmup_ms: Least length of the warm-up before each burst: until the spinning threads of
-            the candidate before have gone to sleep. It goes on until the samples have plateaued.
+        rest_ms: Idle time before each warm-up. Workers of the candidate before it go on spinning
+            for some milliseconds, and on a busy CPU, where each turn of theirs waits for one of
+            the next candidate's, for far longer: they go to sleep only while nothing runs.
+        warmup_ms: Least length of the warm-up before each burst. It goes on until the samples
+            have plateaued.
         warmup_max_ms: Most that the first warm-up of a candidate takes to reach a plateau, and a
             tenth of it the least; that tenth is the most of those before the bursts.
         burst_ms: Target length of one burst of samples; at least one sample.
@@ -51,7 +54,8 @@ class TimingSettings:
     """
 
     sample_ms: float = 1.0
-    warmup_ms: float = 10.0
+    rest_ms: float = 8.0
+    warmup_ms: float = 5.0
     warmup_max_ms: float = 500.0
     burst_ms: float = 30.0
     rounds_min: int = 10
@@ -68,7 +72,7 @@ class TimingSettings:
         for name in ("sample_ms", "burst_ms", "precision", "max_time_s", "disturbed_share"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_ms", "min_time_s"):
+        for name in ("rest_ms", "warmup_ms", "min_time_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
         for least, most in (("warmup_ms", "warmup_max_ms"), ("min_time_s", "max_time_s")):
@@ -78,7 +82,12 @@ class TimingSettings:
 
 PRESETS: dict[str, TimingSettings] = {
     "quick": TimingSettings(
-        sample_ms=0.5, warmup_ms=5.0, warmup_max_ms=200.0, burst_ms=15.0, max_time_s=0.6
+        sample_ms=0.5,
+        rest_ms=6.0,
+        warmup_ms=3.0,
+        warmup_max_ms=200.0,
+        burst_ms=15.0,
+        max_time_s=0.6,
     ),
     "standard": TimingSettings(min_time_s=0.3),
     "precise": TimingSettings(rounds_min=20, precision=0.005, min_time_s=2.0, max_time_s=20.0),

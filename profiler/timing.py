@@ -80,6 +80,8 @@ class Candidate:
         before: Done before each sample; what it waits for is not the sample's.
         facts: Read at the end, into ``Timing.details``.
         clock_mhz: Present clock of the device, None where it does not tell.
+        rest: Done before the warm-up of each burst: lets what the candidate before it has left
+            running come to an end.
     """
 
     warm: Callable[[], float]
@@ -89,6 +91,7 @@ class Candidate:
     before: Callable[[], Any] = _nothing
     facts: Callable[[], Facts] = field(default=dict)
     clock_mhz: Callable[[], float | None] = lambda: None
+    rest: Callable[[], Any] = _nothing
 
 
 def measure_interleaved(
@@ -198,6 +201,7 @@ def _host_candidate(
         samples_per_burst=max(1, round(settings.burst_ms / step_ms)),
         before=flush or _nothing,
         facts=lambda: {"plateaued": plateaued},
+        rest=lambda: time.sleep(settings.rest_ms / 1e3),
     )
 
 
@@ -296,6 +300,7 @@ def _take_burst(
     contamination: Contamination,
 ) -> Burst:
     most_ms = max(settings.warmup_ms, settings.warmup_max_ms / 10)
+    candidate.rest()
     _warm_up(candidate.warm, settings.warmup_ms, most_ms, clock, candidate.clock_mhz)
     samples, waited_ms = [], []
     start = clock()

@@ -38,7 +38,13 @@ from profiler.timing import measure_interleaved
 # A search compares many, most of them briefly; what its record says is then measured as a sweep
 # would.
 _SCREEN = TimingSettings(
-    sample_ms=0.3, warmup_ms=2.0, warmup_max_ms=20.0, burst_ms=4.0, rounds_min=6, max_time_s=0.1
+    sample_ms=0.3,
+    rest_ms=1.0,
+    warmup_ms=1.0,
+    warmup_max_ms=20.0,
+    burst_ms=4.0,
+    rounds_min=6,
+    max_time_s=0.1,
 )
 _SEARCH = PRESETS["quick"]
 _RECORD = PRESETS["standard"]

@@ -15,9 +15,8 @@ from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import Predicted, kernel_ms, mape
 from cost_models.work import Work
 from profiler.device import DeviceInfo
-from profiler.measurement import row_key
 from profiler.samples import Timing, TimingSettings
-from profiler.store import Measurement
+from profiler.store import Measurement, row_key
 from profiler.timing import measure_interleaved
 from reparam.attention_fit import captured_arguments
 from reparam.deploy import stored_bytes

@@ -27,7 +27,13 @@ pytest.importorskip("tornado", reason="TVM's tracker needs tornado: pip install 
 
 KEY = "loopback"
 SHORT = TimingSettings(
-    sample_ms=0.05, warmup_ms=0, warmup_max_ms=0.1, burst_ms=0.2, rounds_min=6, max_time_s=0.01
+    sample_ms=0.05,
+    rest_ms=0,
+    warmup_ms=0,
+    warmup_max_ms=0.1,
+    burst_ms=0.2,
+    rounds_min=6,
+    max_time_s=0.01,
 )
 TOML = """
 timing = "quick"

@@ -21,7 +21,13 @@ from profiler.store import create_store, open_store
 from profiler.sweep_config import SweepConfig
 
 SHORT = TimingSettings(
-    sample_ms=0.05, warmup_ms=0, warmup_max_ms=0.1, burst_ms=0.1, rounds_min=6, max_time_s=0.01
+    sample_ms=0.05,
+    rest_ms=0,
+    warmup_ms=0,
+    warmup_max_ms=0.1,
+    burst_ms=0.1,
+    rounds_min=6,
+    max_time_s=0.01,
 )
 TOML = """
 timing = "quick"

@@ -122,7 +122,7 @@ def test_warm_up_goes_on_until_the_samples_have_plateaued():
     launches = {
         "a": hasty.launch("a", 0.1, lambda: setattr(hasty, "slowdown", 1 + 20 * hasty.now_s))
     }
-    impatient = TimingSettings(rounds_min=6, warmup_ms=1.0, warmup_max_ms=20.0)
+    impatient = TimingSettings(rounds_min=6, rest_ms=0, warmup_ms=1.0, warmup_max_ms=20.0)
     assert hasty.measure(launches, impatient)["a"].details["plateaued"] is False
 
 

@@ -17,7 +17,7 @@ from profiler.model_workloads import ModelError
 from profiler.samples import Timing, TimingSettings
 
 SHORT = TimingSettings(
-    sample_ms=0.05, warmup_ms=0, burst_ms=0.1, rounds_min=6, precision=1, max_time_s=0.1
+    sample_ms=0.05, rest_ms=0, warmup_ms=0, burst_ms=0.1, rounds_min=6, precision=1, max_time_s=0.1
 )
 TOML = """
 forms = ["mult_fp32", "shift_fp32"]

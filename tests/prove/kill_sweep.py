@@ -37,7 +37,13 @@ CONFIG = SweepConfig(
 )
 # Its figures mean nothing and are not looked at: what counts is what is in the store.
 TIMING = TimingSettings(
-    sample_ms=0.2, warmup_ms=0, warmup_max_ms=0.1, burst_ms=2, rounds_min=6, max_time_s=0.01
+    sample_ms=0.2,
+    rest_ms=0,
+    warmup_ms=0,
+    warmup_max_ms=0.1,
+    burst_ms=2,
+    rounds_min=6,
+    max_time_s=0.01,
 )
 
 app = typer.Typer(add_completion=False)

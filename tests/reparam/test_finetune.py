@@ -153,7 +153,13 @@ def table_file(tmp_path, table):
 @pytest.fixture
 def quick(monkeypatch):
     settings = TimingSettings(
-        sample_ms=0.1, warmup_ms=0.5, burst_ms=0.5, rounds_min=6, precision=0.5, max_time_s=0.1
+        sample_ms=0.1,
+        rest_ms=0,
+        warmup_ms=0.5,
+        burst_ms=0.5,
+        rounds_min=6,
+        precision=0.5,
+        max_time_s=0.1,
     )
     monkeypatch.setattr(outcome, "compiled", lambda model, example: (None, "not in this test"))
     monkeypatch.setattr(
