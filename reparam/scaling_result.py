@@ -18,7 +18,7 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 HEADS, HEAD_DIM = 3, 64
 # Growth is fitted where the tokens outweigh what a launch costs.
-_FIT_FROM = 1024
+FIT_FROM = 1024
 
 
 class ScalingRow(BaseModel):
@@ -76,7 +76,7 @@ class Scaling(BaseModel):
             points = [
                 (math.log(row.tokens), math.log(row.latency_ms.value))
                 for row in self.rows
-                if row.way == way and row.latency_ms and row.tokens >= _FIT_FROM
+                if row.way == way and row.latency_ms and row.tokens >= FIT_FROM
             ]
             if len(points) > 1:
                 found[way] = float(linregress(*zip(*points)).slope)
@@ -88,7 +88,7 @@ class Scaling(BaseModel):
         growth = ", ".join(f"{way} {e:.2f}" for way, e in self.exponents().items())
         table = Table(
             title=f"Attention, {self.heads} heads of {self.head_dim}: ms and MiB",
-            caption=f"exponent of the growth from {_FIT_FROM} tokens on: {growth}",
+            caption=f"exponent of the growth from {FIT_FROM} tokens on: {growth}",
         )
         table.add_column("tokens", justify="right")
         for way in ways:

@@ -24,6 +24,7 @@ from reports import (
     noise_section,
     prediction_section,
     provenance,
+    rival_section,
     runs_section,
     verdict,
     where_section,
@@ -45,7 +46,13 @@ def compose(run: RunFolder, others: Sequence[RunFolder] = ()) -> Page:
         Part("Where does it pay?", (where_section.where(run), advice_section.advice(run))),
         Part(
             "By how much?",
-            (kernel_sections.kernels(run), layer_section.layers(run), growth_section.growth(run)),
+            (
+                kernel_sections.kernels(run),
+                rival_section.rivals(run),
+                layer_section.layers(run),
+                growth_section.growth(run),
+                growth_section.scaling(run),
+            ),
         ),
         Part(
             "At what accuracy?",

@@ -10,11 +10,20 @@ import pandas as pd
 from scipy import stats
 
 from profiler.store import Measurement
+from reparam.scaling_result import FIT_FROM
 from reports import map_plots
 from reports.comparisons import form_of, latency
-from reports.formats import Cell, count_cell, ends, significant
+from reports.formats import (
+    Cell,
+    bytes_cell,
+    count_cell,
+    ends,
+    milliseconds_cell,
+    missing,
+    significant,
+)
 from reports.html import MAX_MARKS, Picture, Section, Table
-from reports.run_folder import SWEEP, RunFolder
+from reports.run_folder import SCALING, SWEEP, RunFolder
 
 FEWEST_LENGTHS = 3
 MAX_SERIES = 8
@@ -93,6 +102,63 @@ def growth(run: RunFolder) -> Section:
         f"the exponent.{part}",
     )
     return Section("growth", title, (), (picture,), (table,), (SWEEP,))
+
+
+def scaling(run: RunFolder) -> Section:
+    """By how much less than softmax attention, in latency and memory, with more tokens."""
+    title = "Add attention against softmax attention"
+    found = run.scaling
+    if found is None:
+        return Section(
+            "scaling", title, missing=f"scaling.json is missing. This makes it: {SCALING}"
+        )
+    known = [(row, row.latency_ms) for row in found.rows]
+    frame = pd.DataFrame(
+        [
+            vars(_Point(row.way, row.tokens, figure.value, figure.low, figure.high))
+            for row, figure in known
+            if figure is not None
+        ]
+    )
+    exponents = {
+        str(way): exponent(part.tokens.to_numpy(), part.latency_ms.to_numpy())
+        for way, part in frame[frame.tokens >= FIT_FROM].groupby("series")
+        if part.tokens.nunique() > 1
+    }
+    lead = "; ".join(
+        f"{way} grows with tokens to the power of {significant(one.value)}"
+        for way, one in exponents.items()
+    )
+    pictures = (
+        ()
+        if frame.empty
+        else (
+            Picture(
+                "scaling",
+                "Latency of an attention over its tokens",
+                map_plots.growth,
+                frame,
+                lead or "too few lengths for exponents",
+                "From queries, keys and values to the result, all ways in turns.",
+            ),
+        )
+    )
+    table = Table(
+        f"Attention of {found.heads} heads of {found.head_dim} features, batch 1",
+        ("way", "tokens", "latency", "peak memory"),
+        tuple(
+            (
+                row.way,
+                count_cell(row.tokens),
+                milliseconds_cell(figure) if figure else missing(row.reason),
+                bytes_cell(row.peak_bytes, row.reason),
+            )
+            for row, figure in known
+        ),
+        note="Memory is the largest sum of tensors alive at once beside the input.",
+    )
+    sentence = (f"From {FIT_FROM} tokens on {lead}.",) if lead else ()
+    return Section("scaling", title, sentence, pictures, (table,), (found.command,))
 
 
 @dataclass(frozen=True)

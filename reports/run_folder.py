@@ -19,6 +19,8 @@ from profiler.device import DeviceInfo
 from profiler.store import Measurement, open_store
 from reparam.ablation_results import AblationResults
 from reparam.results import FinetuneResults
+from reparam.scaling_result import Scaling
+from reparam.versus_torch_result import VersusTorch
 
 SWEEP, FIT, FINETUNE, ABLATE, ADVISE = (
     "python -m profiler.sweep",
@@ -27,6 +29,8 @@ SWEEP, FIT, FINETUNE, ABLATE, ADVISE = (
     "python -m reparam.ablate",
     "python -m cost_models.advise",
 )
+VERSUS_TORCH = "python -m reparam.evaluate --model MODEL --versus-torch"
+SCALING = "python -m reparam.evaluate --scaling"
 
 Content = TypeVar("Content")
 
@@ -42,6 +46,8 @@ class RunFolder:
         table: The latency table.
         ablation: What each replacement does, over several seeds; a run is whole without it.
         advice: What to convert, said without training; a run is whole without it.
+        versus_torch: Whole models against PyTorch's best; a run is whole without it.
+        scaling: How attention grows with its tokens; a run is whole without it.
     """
 
     path: Path
@@ -51,6 +57,8 @@ class RunFolder:
     table: LatencyTable | None
     ablation: AblationResults | None = None
     advice: Advice | None = None
+    versus_torch: VersusTorch | None = None
+    scaling: Scaling | None = None
 
     @property
     def commands(self) -> dict[str, str]:
@@ -142,7 +150,10 @@ def load_run(path: Path) -> RunFolder:
         table=_read(path / "latency_table.json", LatencyTable.load),
         ablation=_read(path / "ablation.json", AblationResults.load),
         advice=_read(path / "advice.json", Advice.load),
+        versus_torch=_read(path / "versus_torch.json", VersusTorch.load),
+        scaling=_read(path / "scaling.json", Scaling.load),
     )
-    if len(run.missing) == len(run.commands) and not (run.ablation or run.advice):
+    beside = (run.ablation, run.advice, run.versus_torch, run.scaling)
+    if len(run.missing) == len(run.commands) and not any(beside):
         raise BadInput(f"--run {path}: holds none of {', '.join(run.commands)}")
     return run
