@@ -164,7 +164,7 @@ class LearnedLatency(BaseEstimator):
         every = [
             (name, machine)
             for name in cores_for(rows.facts, self.is_baseline, self.device)
-            for machine in machines(name, self.device)
+            for machine in machines(name, rows.facts, self.device)
         ]
 
         def error(core: tuple[str, Machine]) -> float:

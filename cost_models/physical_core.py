@@ -57,8 +57,10 @@ class Machine:
 Terms = dict[str, Numbers]
 
 
-def panel_rows(device: DeviceInfo) -> int:
+def panel_rows(device: DeviceInfo, facts: FormFacts) -> int:
     """Rows of a tile of our linear kernels on a CPU: half of what its vector registers hold.
+
+    All but one where weights are decoded in fp32, once for all rows of a tile.
 
     Source: ``kernels.lowerings.panel_gemm.default_schedule``.
     """
@@ -68,17 +70,19 @@ def panel_rows(device: DeviceInfo) -> int:
         registers, lanes = 32, 4
     a_row = _PANEL // lanes
     largest = max(1, (registers - a_row - 2) // a_row)
-    return max(largest // 2, min(largest, 4))
+    half = max(largest // 2, min(largest, 4))
+    decodes = facts.w_bytes < facts.x_dtype_bytes == 4
+    return max(half, largest - 1) if decodes else half
 
 
-def machines(core: str, device: DeviceInfo) -> tuple[Machine, ...]:
+def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, ...]:
     """Machines to choose from by cross-validation for a core on a device."""
     units = parallel_units(device)
     last_level = device.last_level_cache_bytes or LAST_LEVEL_BYTES
     # A virtual machine shares the last level with others and sees but a part of it.
     levels = (last_level, last_level // 4)
     if core == "panels":
-        rows = panel_rows(device)
+        rows = panel_rows(device, facts)
         return tuple(Machine(units, rows, _PANEL, l3_bytes=level) for level in levels)
     if core in ("groups", "chunks"):
         return tuple(Machine(units, l3_bytes=level) for level in levels)

@@ -66,11 +66,13 @@ def choose_rows(workloads: Sequence[Workload], number: int = TRANSFER_ROWS) -> l
     return chosen
 
 
-def machine_on(core: PhysicalCore, device: DeviceInfo) -> Machine:
+def machine_on(core: PhysicalCore, facts: FormFacts, device: DeviceInfo) -> Machine:
     """The machine of a core as another device has it."""
     units = parallel_units(device) if core.name != "tiles" or core.units > 1 else 1
     machine = replace(core.machine, units=units)
-    return replace(machine, tile_rows=panel_rows(device)) if core.name == "panels" else machine
+    if core.name != "panels":
+        return machine
+    return replace(machine, tile_rows=panel_rows(device, facts))
 
 
 class TransferredLatency(BaseEstimator):
@@ -155,7 +157,7 @@ def scaled_core(
     Returns:
         The core there, and the factors by resource.
     """
-    machine = machine_on(core, device)
+    machine = machine_on(core, facts, device)
     terms = CORES[core.name](sizes, facts, machine)
     costs = {name: _cost_of(name, core) for name in terms}
     by_resource = np.stack(

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from reparam.kernelised_hashing import ANCHORS, BITS
 from reparam.linear_forms import ActivationClip
@@ -115,9 +115,22 @@ class ReparamConfig(LayerConfig):
         rules: Other options for layers by name. The first rule that matches a layer wins; a linear
             that none matches follows its attention or MLP, and what none matches the options
             beside the rules.
+        where: ``pays`` converts only what a latency table says is faster on its device than the
+            strongest baseline; ``everywhere`` whatever can be converted.
+        latency_table: File or shipped name; needed with ``pays``.
+        deploy_batch: Images at once when deployed, which that depends on.
     """
 
     rules: tuple[LayerRule, ...] = ()
+    where: Literal["everywhere", "pays"] = "everywhere"
+    latency_table: str | None = None
+    deploy_batch: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _a_table_to_ask(self) -> ReparamConfig:
+        if self.where == "pays" and self.latency_table is None:
+            raise ValueError("latency_table: where = pays needs the table of the device")
+        return self
 
     def first_rule(self, *names: str) -> LayerRule | None:
         """The rule for the first of some names, a layer's own and then its parent's."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cost_models.advice_result import Advice
 from reparam.add_attention import (
     AddAttention,
     LinearCore,
@@ -25,6 +26,7 @@ from reparam.model_structure import candidates, is_attention, linear_parts
 from reparam.moe import MoEMlp
 from reparam.quadratic_attention import QuadraticCore
 from reparam.shift import ShiftLinear
+from reparam.where_it_pays import advice_for, why_not
 
 __all__ = [
     "Conversion",
@@ -56,11 +58,13 @@ class Conversion:
         skipped: Why each candidate that stayed did, by qualified name.
         calibration: Error of each converted attention against the original on the example, by
             qualified name; empty without an example.
+        advice: What was converted and not, and why, where only what pays was asked for.
     """
 
     converted: dict[str, str]
     skipped: dict[str, str]
     calibration: dict[str, Calibration] = field(default_factory=dict)
+    advice: Advice | None = None
 
 
 def reparameterize_(
@@ -90,14 +94,17 @@ def reparameterize_(
     Raises:
         ConversionError: If nothing was asked, a rule matched nothing, the model does not take the
             example, or is none of timm's. The model is unchanged then.
+        TableError: If ``config.where`` is ``pays`` and its latency table cannot be read.
     """
     asked = [config, *(rule.config for rule in config.rules)]
     if not any(layer.asked for layer in asked):
         raise ConversionError("attention, attention_linears and mlp all say keep: nothing to do")
     if not hasattr(model, "get_classifier"):
         raise ConversionError(f"{type(model).__name__} has no get_classifier: not a timm model")
-    watched = _watch(model, example_input(model) if example is None else example)
-    plan = _Plan(config, filter_fn or (lambda module, fqn: True), watched)
+    images = example_input(model) if example is None else example
+    watched = _watch(model, images)
+    advice = advice_for(model, config, images) if config.where == "pays" else None
+    plan = _Plan(config, filter_fn or (lambda module, fqn: True), watched, advice)
     if example is not None and any(layer.attention != "keep" for layer in asked):
         plan.arguments = captured_arguments(model, example, watched.attentions)
     for fqn, module in candidates(model, watched.attentions, plan.skipped):
@@ -110,7 +117,7 @@ def reparameterize_(
         model.set_submodule(fqn, replacement)
     for fqn in plan.opened:
         open_(model.get_submodule(fqn))
-    return Conversion(plan.converted, plan.skipped, plan.calibration)
+    return Conversion(plan.converted, plan.skipped, plan.calibration, advice)
 
 
 def _watch(model: nn.Module, example: Tensor) -> ModelTrace:
@@ -131,6 +138,7 @@ class _Plan:
     config: ReparamConfig
     allows: FilterFn
     watched: ModelTrace
+    advice: Advice | None = None
     arguments: dict[str, Arguments] = field(default_factory=dict)
     replacements: dict[str, nn.Module] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)
@@ -145,6 +153,14 @@ class _Plan:
         rule = self.config.first_rule(*names)
         self.used_rules.append(rule)
         return rule.config if rule else self.config
+
+    def refused(self, module: nn.Module, fqn: str) -> str | None:
+        """Why a module stays although it could be converted."""
+        if not self.allows(module, fqn):
+            return "rejected by filter_fn"
+        if self.advice is not None and not self.advice.allows(module, fqn):
+            return why_not(self.advice, fqn)
+        return None
 
     def replace(self, rule: str, fqn: str, replacement: nn.Module, what: str) -> None:
         self.replacements[fqn] = replacement
@@ -163,8 +179,8 @@ class _Plan:
         if isinstance(module, AddAttention | CodedAttention):
             self._attention_again(fqn, module, options)
             return module
-        if not self.allows(module, fqn):
-            self.skipped[fqn] = "rejected by filter_fn"
+        if refused := self.refused(module, fqn):
+            self.skipped[fqn] = refused
             return module
         traced = self.watched.attentions[fqn]
         form = _quadratic if options.attention == "quadratic" else _linear
@@ -213,8 +229,8 @@ class _Plan:
                 self.already("mlp", fqn, "MoE")
             elif options.mlp != "keep":
                 self.skipped[fqn] = "is MoE"
-        elif options.mlp != "keep" and not self.allows(module, fqn):
-            self.skipped[fqn] = "rejected by filter_fn"
+        elif options.mlp != "keep" and (refused := self.refused(module, fqn)):
+            self.skipped[fqn] = refused
         elif as_one:
             moe = _moe(module, options)
             self.replace("mlp", fqn, moe, _moe_of(options))
@@ -243,8 +259,8 @@ class _Plan:
             self.skipped[fqn] = f"is {type(linear).__name__}, not nn.Linear"
         elif not called:
             self.skipped[fqn] = "its weight is used without calling it"
-        elif not self.allows(linear, fqn):
-            self.skipped[fqn] = "rejected by filter_fn"
+        elif refused := self.refused(linear, fqn):
+            self.skipped[fqn] = refused
         elif form == "moe":
             moe = _moe(linear, options)
             self.replace(rule, fqn, moe, f"{_moe_of(options)}, this linear alone")

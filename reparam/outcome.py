@@ -20,6 +20,7 @@ from reparam.accuracy import dispatch_shares, paired_difference, predict, top1
 from reparam.agreement import agreement
 from reparam.data import Data
 from reparam.deploy import deploy, stored_bytes
+from reparam.dispatch_examples import dispatch_examples
 from reparam.losses import optimal_share
 from reparam.model_cost import compiled, measure_energies, measure_latencies, predict_latency
 from reparam.model_energy import COVERS, modelled_energy_mj
@@ -153,6 +154,9 @@ def _variant(
             _dispatch(layer, share, candidate.expert_latencies[layer])
             for layer, share in shares.items()
         ],
+        examples=dispatch_examples(
+            candidate.model, *next(iter(data.batches("test", batch_size, False)))
+        ),
         agreement=agreement(candidate.model, deployed, data, differing, batch_size),
         history=candidate.history,
     )

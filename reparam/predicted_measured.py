@@ -86,7 +86,7 @@ def measured_rows(
         for share, one in made.items():
             work = work_of(one, *args, **kwargs)
             details = case.about | {"layer": fqn, "share": share} | work.details()
-            details |= _kernels(work, "deployed", table)
+            details |= _kernels(work, "deployed", table) | _tokens(one, args[0])
             timing = timings[str(share)]
             yield _row("layer", subjects[share], "deployed", device, timing, one, details)
 
@@ -127,6 +127,12 @@ def _kernels(work: Work, lowering: str, table: LatencyTable) -> dict[str, Any]:
         return {"kernel_ms": kernel_ms(work, lowering, table)}
     except TableError as error:
         return {"kernel_ms": None, "kernel_reason": str(error)}
+
+
+def _tokens(layer: DeployedMoE, x: Tensor) -> dict[str, int]:
+    tokens = x.reshape(-1, x.shape[-1])
+    _, _, counts = torch.ops.shiftadd.route(tokens, layer.norm, layer.gate, layer.gate_bias)
+    return {f"tokens.{name}": count for name, count in zip(layer.experts, counts.tolist())}
 
 
 def _key(kind: str, subject: str, lowering: str, device: DeviceInfo) -> str:

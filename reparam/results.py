@@ -56,6 +56,25 @@ class LayerDispatch(BaseModel):
     expert_source: dict[str, str]
 
 
+class DispatchExample(BaseModel):
+    """Where the tokens of one test image went.
+
+    Attributes:
+        image: Grey values from 0 to 255, rows of a small picture.
+        label, guess: True and predicted class.
+        experts: Names, in the order that ``layers`` counts them.
+        layers: By MoE layer the expert of each patch, rows of a grid over the image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: list[list[int]]
+    label: int
+    guess: int
+    experts: list[str]
+    layers: dict[str, list[list[int]]]
+
+
 class Agreement(BaseModel):
     """How far the deployed model agrees with the trained one.
 
@@ -113,6 +132,7 @@ class VariantResult(BaseModel):
         energy_reason: What a modelled figure covers, and why there is no measured one.
         converted, skipped: Layers by name; for skipped ones with the reason.
         dispatch: One entry for each MoE layer.
+        examples: Some test images, patch by patch; none where no layer's tokens are patches.
         agreement: None for variants that were not deployed on our kernels.
     """
 
@@ -135,6 +155,7 @@ class VariantResult(BaseModel):
     converted: dict[str, str] = {}
     skipped: dict[str, str] = {}
     dispatch: list[LayerDispatch] = []
+    examples: list[DispatchExample] = []
     agreement: Agreement | None = None
     history: list[Epoch] = []
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from cost_models.latency_table import LatencyTable
 from profiler.store import Measurement
 from reports import model_plots
 from reports.comparisons import latency
@@ -15,6 +16,7 @@ from reports.formats import (
     milliseconds_cell,
     missing,
     number_cell,
+    percent,
     percent_cell,
 )
 from reports.html import MAX_MARKS, Picture, Section, Table
@@ -29,7 +31,7 @@ def layers(run: RunFolder) -> Section:
     title = "Layer by layer"
     if run.rows is None:
         return Section("layers", title, missing=run.absence("measurements.sqlite"))
-    rows = [row for row in run.rows if row.kind == "layer"]
+    rows = [row for row in run.rows if row.kind == "layer" or _is_predicted_model(row)]
     if not rows:
         return Section(
             "layers",
@@ -39,24 +41,34 @@ def layers(run: RunFolder) -> Section:
         )
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for row in rows:
+        if row.kind == "model":
+            groups.setdefault(("whole models", row.device.label), []).append(row)
+            continue
         model = f"{row.details.get('model') or row.subject}, batch {row.details.get('batch', '?')}"
         groups.setdefault((model, row.device.label), []).append(row)
     pictures = tuple(
         picture
         for index, ((model, _), some) in enumerate(groups.items())
-        if (picture := _picture(model, some, index))
+        if (picture := _picture(model, some, index, run.table))
     )
-    tables = tuple(_table(model, device, some) for (model, device), some in groups.items())
+    tables = tuple(
+        _table(model, device, some, run.table) for (model, device), some in groups.items()
+    )
     lead = (
-        "Measured is the layer as it is deployed; predicted is the sum of its kernels in the "
-        "latency table (modelled where a kernel was not measured). What lies between them is "
-        "routing, gathering and launching.",
+        "Measured is the layer or model as it is deployed; predicted is the sum of its kernels in "
+        "the latency table (modelled where a kernel was not measured) and, where the table has "
+        "one, a fitted overhead for what is no kernel: routing, launches, what is left to torch.",
+        *_errors(run.table),
     )
     return Section("layers", title, lead, pictures, tables, (LAYERS,))
 
 
 def _name(row: Measurement) -> str:
-    return str(row.details.get("layer") or row.subject)
+    if row.kind == "model":
+        return f"{row.subject}, {row.lowering}"
+    share = row.details.get("share")
+    part = "" if share is None else f", {share} % shift"
+    return f"{row.details.get('layer') or row.subject}{part}"
 
 
 def _detail(row: Measurement, name: str) -> float | None:
@@ -64,12 +76,35 @@ def _detail(row: Measurement, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _predicted_ms(row: Measurement) -> float | None:
-    with_overhead = _detail(row, "predicted_ms")
-    return _detail(row, "kernel_ms") if with_overhead is None else with_overhead
+def _is_predicted_model(row: Measurement) -> bool:
+    return row.kind == "model" and "kernel_ms" in row.details
 
 
-def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | None:
+def _errors(table: LatencyTable | None) -> tuple[str, ...]:
+    known = [one for one in (table.overheads or () if table else ()) if one.mape is not None]
+    return tuple(
+        f"On {one.models} {one.lowering} models, each predicted from the {one.kind}s of the "
+        f"others, that is off by {percent(one.mape)} (MAPE of {one.rows} rows)."
+        for one in known
+    )
+
+
+def _predicted_ms(row: Measurement, table: LatencyTable | None) -> float | None:
+    kernel_ms = _detail(row, "kernel_ms")
+    overhead = table.overhead(row.kind, row.lowering) if table else None
+    if kernel_ms is None or overhead is None:
+        return kernel_ms
+    counts = {
+        name: value
+        for name in overhead.costs_ms
+        if (value := _detail(row, f"count.{name}")) is not None
+    }
+    return float(overhead.latency_ms(kernel_ms, counts))
+
+
+def _picture(
+    model: str, rows: Sequence[Measurement], index: int, table: LatencyTable | None
+) -> Picture | None:
     drawn = sorted(rows, key=lambda row: -(row.latency_ms or 0))[:MAX_LAYERS_DRAWN]
     kept = [row for row in rows if row in drawn]
     frame = pd.DataFrame(
@@ -79,7 +114,7 @@ def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | N
                 "measured_ms": row.latency_ms,
                 "measured_low_ms": row.latency_low_ms,
                 "measured_high_ms": row.latency_high_ms,
-                "predicted_ms": _predicted_ms(row),
+                "predicted_ms": _predicted_ms(row, table),
                 "predicted_low_ms": None,
                 "predicted_high_ms": None,
                 "weight_bytes": row.weight_bytes,
@@ -96,15 +131,17 @@ def _picture(model: str, rows: Sequence[Measurement], index: int) -> Picture | N
         model_plots.measured_predicted,
         frame,
         f"Measured and predicted latency of {len(frame)} layers; figures in the table.",
-        "Filled: measured. Hollow: predicted, the sum of the layer's kernels.",
+        "Filled: measured. Hollow: predicted.",
         {"axis": "latency, ms a batch"},
     )
 
 
-def _table(model: str, device: str, rows: Sequence[Measurement]) -> Table:
+def _table(
+    model: str, device: str, rows: Sequence[Measurement], table: LatencyTable | None
+) -> Table:
     cells: list[tuple[str | Cell, ...]] = []
     for row in rows:
-        predicted = _predicted_ms(row)
+        predicted = _predicted_ms(row, table)
         ratio = 100 * (predicted / row.latency_ms - 1) if predicted and row.latency_ms else None
         tokens = {
             name.removeprefix("tokens."): value

@@ -197,6 +197,59 @@ def routing(data: pd.DataFrame, width_px: int) -> Canvas:
 
 
 @styled
+def dispatch_examples(
+    data: pd.DataFrame,
+    width_px: int,
+    images: Sequence[Sequence[Sequence[int]]],
+    grids: Sequence[Sequence[Sequence[bool]]],
+) -> Canvas:
+    """Images, and beside each by layer which patches went to a shift expert.
+
+    Args:
+        data: image (its number), label, guess, layer.
+        width_px: Width to draw for.
+        images: Grey values from 0 to 255 by number.
+        grids: By row of ``data``, whether each patch did.
+    """
+    layers = list(dict.fromkeys(data.layer))
+    height = 30 + len(images) * (width_px / (1 + len(layers)) + 34)
+    figure, axes = axes_grid(width_px, height, len(images), 1 + len(layers))
+    for panel in axes.flat:
+        panel.set_visible(False)
+    for number, image in enumerate(images):
+        grey = [f"#{value:02x}{value:02x}{value:02x}" for row in image for value in row]
+        _cells(axes[number][0], len(image), len(image[0]), grey)
+    for row, grid in zip(data.itertuples(), grids):
+        axes[row.image][0].set_title(f"{row.label} as {row.guess}", fontsize=9)
+        panel = axes[row.image][1 + layers.index(row.layer)]
+        flat = [to_shift for line in grid for to_shift in line]
+        colours = [VERMILLION if to_shift else BLUE for to_shift in flat]
+        hatches = ["////" if to_shift else None for to_shift in flat]
+        lines, columns = len(grid), len(grid[0])
+        _cells(panel, lines, columns, colours, hatches)
+        panel.set_title(textwrap.shorten(row.layer, 22), fontsize=9)
+        centre = ([columns / 2 - 0.5], [lines / 2 - 0.5])
+        mark(panel, [row.Index], *centre, width=columns, height=lines)
+    return figure
+
+
+def _cells(
+    axes: Axes,
+    rows: int,
+    columns: int,
+    colours: Sequence[str],
+    hatches: Sequence[str | None] = (),
+) -> None:
+    axes.set_visible(True)
+    ys, xs = np.divmod(np.arange(rows * columns), columns)
+    bars = axes.barh(ys, 1.0, left=xs - 0.5, height=1.0, color=colours, linewidth=0)
+    for bar, hatch in zip(bars, hatches):
+        bar.set(hatch=hatch, edgecolor=SURFACE)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
+    axes.set_aspect("equal")
+
+
+@styled
 def training(data: pd.DataFrame, width_px: int) -> Canvas:
     """Validation accuracy, training loss and, where one was used, latency loss by epoch.
 

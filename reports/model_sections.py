@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pandas as pd
 
+from reparam.results import VariantResult
 from reports import model_plots
 from reports.formats import (
     Cell,
@@ -18,6 +21,8 @@ from reports.formats import (
 from reports.html import Picture, Section, Table
 from reports.run_folder import FINETUNE, RunFolder
 from reports.verdict import original_of, shift_share
+
+MAX_EXAMPLE_LAYERS = 4
 
 
 def routing(run: RunFolder) -> Section:
@@ -85,7 +90,48 @@ def routing(run: RunFolder) -> Section:
         ),
         rows,
     )
-    return Section("routing", title, (sentences,), (picture,), (table,), (FINETUNE,))
+    return Section(
+        "routing", title, (sentences,), (picture, *_examples(routed)), (table,), (FINETUNE,)
+    )
+
+
+def _examples(routed: Sequence[VariantResult]) -> Iterator[Picture]:
+    """Which patches went to which expert, one picture a variant."""
+    for index, one in enumerate(routed):
+        layers = list(dict.fromkeys(fqn for example in one.examples for fqn in example.layers))
+        shown = layers[:: max(1, -(-len(layers) // MAX_EXAMPLE_LAYERS))]
+        rows, grids = [], []
+        for number, example in enumerate(one.examples):
+            other = [not name.startswith("mult") for name in example.experts]
+            for fqn in (fqn for fqn in shown if fqn in example.layers):
+                grid = [[other[expert] for expert in line] for line in example.layers[fqn]]
+                flat = [to_shift for line in grid for to_shift in line]
+                grids.append(grid)
+                rows.append(
+                    {
+                        "image": number,
+                        "label": example.label,
+                        "guess": example.guess,
+                        "layer": fqn,
+                        "patches": len(flat),
+                        "shift_percent": 100 * sum(flat) / len(flat),
+                    }
+                )
+        if not rows:
+            continue
+        frame = pd.DataFrame(rows)
+        yield Picture(
+            f"examples-{index}",
+            f"Patches of test images by expert, {one.title}",
+            model_plots.dispatch_examples,
+            frame,
+            f"{len(one.examples)} test images; {percent(float(frame.shift_percent.mean()))} of "
+            "their patches in these layers went to shift experts.",
+            "Left the image with its class and what it was taken for, then one grid a layer: "
+            "hatched patches went to a shift expert, plain ones to a multiplication. Layers: "
+            f"{', '.join(shown)}.",
+            {"images": [example.image for example in one.examples], "grids": grids},
+        )
 
 
 def training(run: RunFolder) -> Section:

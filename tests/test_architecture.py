@@ -44,6 +44,7 @@ ALLOWED = {
         "profiler.store",
         "profiler.command_line",
         "profiler.whole_file",
+        "profiler.model_workloads",
         "cost_models.latency_table",
         "cost_models.layer_models",
         "cost_models.overheads",

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from cost_models.features import form_facts
 from cost_models.models import LearnedLatency
 from cost_models.physical_core import Machine
 from cost_models.rivals import RIVALS
@@ -59,7 +60,9 @@ def test_chosen_rows_are_spread_and_each_once():
 
 
 def test_the_other_device_cuts_its_own_tiles(source):
-    machine = machine_on(source.core.model_copy(update={"name": "panels"}), THERE)
+    machine = machine_on(
+        source.core.model_copy(update={"name": "panels"}), form_facts("mult_fp32"), THERE
+    )
     assert isinstance(machine, Machine)
     assert machine.tile_rows == 2 and machine.units == 1
 

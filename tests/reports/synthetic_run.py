@@ -13,6 +13,7 @@ from profiler.device import DeviceInfo
 from profiler.store import Measurement, create_store
 from reparam.results import (
     Agreement,
+    DispatchExample,
     Epoch,
     FinetuneResults,
     Interval,
@@ -203,6 +204,25 @@ def interval(value: float, half: float) -> Interval:
     return Interval(value=value, low=value - half, high=value + half)
 
 
+def _examples() -> list[DispatchExample]:
+    """Two images of 6 × 6 grey values, patch by patch in two layers of different grids."""
+    return [
+        DispatchExample(
+            image=[[(row * column * 7) % 256 for column in range(6)] for row in range(6)],
+            label=label,
+            guess=3,
+            experts=["mult", "shift"],
+            layers={
+                f"stages.{stage}.blocks.0.mlp": [
+                    [(row + column + label) % 2 for column in range(side)] for row in range(side)
+                ]
+                for stage, side in ((0, 4), (1, 2))
+            },
+        )
+        for label in (3, 8)
+    ]
+
+
 def _dispatch(shares: list[float]) -> list[LayerDispatch]:
     return [
         LayerDispatch(
@@ -290,6 +310,7 @@ def results(latencies: dict[str, float | None] | None = None) -> FinetuneResults
                 converted={} if is_original else {"stages.0.blocks.0.mlp.fc1": "shift_int8"},
                 skipped={} if is_original else {"head": "classifier is kept"},
                 dispatch=_dispatch(shares),
+                examples=_examples() if shares else [],
                 agreement=Agreement(images=1797, differing=4, traced=4, max_layer_error=3.1e-5)
                 if deployed and not is_original
                 else None,

@@ -1,0 +1,38 @@
+"""The command of evaluations: input that a person can mend ends in one line, nothing written."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cost_models.latency_table import LatencyTable
+
+
+def refused(folder, *arguments):
+    command = [sys.executable, "-m", "reparam.evaluate", *map(str, arguments), "--out", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not folder.exists()
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+@pytest.fixture
+def foreign_table(tmp_path):
+    table = LatencyTable.load("amd-zen4-avx512-2c-1t")
+    device = table.device.model_copy(update={"name": "another CPU"})
+    path = tmp_path / "foreign.json"
+    table.model_copy(update={"device": device}).save(path)
+    return path
+
+
+def test_bad_input_is_named(tmp_path, foreign_table):
+    out = tmp_path / "out"
+    assert "--versus-torch" in refused(out)
+    assert "--table" in refused(out, "--predicted-versus-measured")
+    line = refused(out, "--predicted-versus-measured", "--table", foreign_table)
+    assert "another CPU" in line
+    assert "absent.json" in refused(
+        out, "--predicted-versus-measured", "--table", tmp_path / "absent.json"
+    )
+    assert "--batch" in refused(out, "--scaling", "--batch", "none")

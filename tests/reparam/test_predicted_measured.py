@@ -1,0 +1,64 @@
+"""Rows of layers and models, and what a latency table predicts of them."""
+
+import pytest
+import timm
+import torch
+
+from cost_models.latency_table import LatencyTable
+from cost_models.layer_models import predict_left_out
+from cost_models.work import Work
+from profiler.samples import TimingSettings
+from reparam.convert import ReparamConfig, reparameterize_
+from reparam.deploy import deploy
+from reparam.predicted_measured import SHARES, Case, measured_rows, table_of
+
+FAST = TimingSettings(
+    sample_ms=0.1, rest_ms=0, warmup_ms=0.5, burst_ms=0.5, rounds_min=6, precision=1, max_time_s=0.1
+)
+
+
+def case(name, depth):
+    torch.manual_seed(0)
+    original = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=depth).eval()
+    converted = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=depth).eval()
+    reparameterize_(converted, ReparamConfig(attention="add"))
+    reparameterize_(converted, ReparamConfig(attention_linears="shift_int8", mlp="moe"))
+    return Case(name, original, deploy(converted), torch.randn(2, 3, 48, 48))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return LatencyTable.load("amd-zen4-avx512-2c-1t")
+
+
+@pytest.fixture(scope="module")
+def rows(table):
+    return [
+        row
+        for one in (case("small", 1), case("large", 2))
+        for row in measured_rows(one, table, FAST, set())
+    ]
+
+
+def test_each_model_and_each_share_of_each_size_has_a_row(rows):
+    layers = [row for row in rows if row.kind == "layer"]
+    assert len(layers) == 2 * len(SHARES) and len(rows) - len(layers) == 2 * 2
+    by_share = {row.details["share"]: row.details for row in layers[: len(SHARES)]}
+    assert by_share[0]["tokens.shift"] == 0 and by_share[100]["tokens.mult"] == 0
+    assert by_share[50]["tokens.mult"] + by_share[50]["tokens.shift"] == 2 * 10
+    assert abs(by_share[50]["tokens.mult"] - 10) <= 1
+    for row in rows:
+        assert row.details["kernel_ms"] > 0 and Work.of_details(row.details).products
+
+
+def test_a_finished_row_is_not_measured_again(rows, table):
+    known = {row.key for row in rows}
+    assert not list(measured_rows(case("small", 1), table, FAST, known))
+
+
+def test_each_model_is_predicted_from_the_other_and_printed(rows, table):
+    predicted, skipped = predict_left_out(rows, table)
+    assert not skipped and len(predicted) == sum(row.status == "ok" for row in rows)
+    # Two models with a layer of the same size predict each other's within the noise of a test.
+    models, layers = table_of(predicted, skipped)
+    assert models.row_count >= 2 and layers.row_count == 2
