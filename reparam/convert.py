@@ -285,7 +285,8 @@ class _Plan:
             if rule not in self.used_rules:
                 raise ConversionError(f"rules: {rule.match!r} matched nothing in {model_name}")
         for asked in self.config.asked:
-            if asked not in self.done:
+            # With advice, converting nothing is an answer.
+            if asked not in self.done and self.advice is None:
                 raise ConversionError(
                     f"{asked}: {getattr(self.config, asked)!r} matched nothing in"
                     f" {model_name}{_hint(self.skipped)}"

@@ -15,12 +15,12 @@ from kernels.workload import Workload, attention, linear
 from reparam.one_pass import evaluating
 
 
-def work_of(model: nn.Module, *inputs: Any) -> Work:
+def work_of(model: nn.Module, *inputs: Any, **named: Any) -> Work:
     """Watches one forward pass in evaluation mode.
 
     Args:
         model: Any; left as it was.
-        inputs: Of its ``forward``.
+        inputs, named: Of its ``forward``.
 
     Returns:
         Products of ours in the forms that they have, torch's matrix products as ``mult_fp32``.
@@ -28,7 +28,7 @@ def work_of(model: nn.Module, *inputs: Any) -> Work:
     """
     watch = _Watch()
     with evaluating(model), watch:
-        model(*inputs)
+        model(*inputs, **named)
     return Work(dict(watch.products), {"calls": 1.0} | dict(watch.counts))
 
 

@@ -229,7 +229,7 @@ def dispatch_examples(
         _cells(panel, lines, columns, colours, hatches)
         panel.set_title(textwrap.shorten(row.layer, 22), fontsize=9)
         centre = ([columns / 2 - 0.5], [lines / 2 - 0.5])
-        mark(panel, [row.Index], *centre, width=columns, height=lines)
+        mark(panel, [row.Index], *centre, width=float(columns), height=lines)
     return figure
 
 
