@@ -121,7 +121,7 @@ def scaling(run: RunFolder) -> Section:
         ]
     )
     exponents = {
-        str(way): exponent(part.tokens.to_numpy(), part.latency_ms.to_numpy())
+        str(way): exponent(part.tokens.tolist(), part.latency_ms.tolist())
         for way, part in frame[frame.tokens >= FIT_FROM].groupby("series")
         if part.tokens.nunique() > 1
     }

@@ -219,17 +219,17 @@ def dispatch_examples(
     for number, image in enumerate(images):
         grey = [f"#{value:02x}{value:02x}{value:02x}" for row in image for value in row]
         _cells(axes[number][0], len(image), len(image[0]), grey)
-    for row, grid in zip(data.itertuples(), grids):
-        axes[row.image][0].set_title(f"{row.label} as {row.guess}", fontsize=9)
-        panel = axes[row.image][1 + layers.index(row.layer)]
+    columns = (data.image, data.label, data.guess, data.layer)
+    for index, (number, label, guess, layer, grid) in enumerate(zip(*columns, grids)):
+        axes[number][0].set_title(f"{label} as {guess}", fontsize=9)
+        panel = axes[number][1 + layers.index(layer)]
         flat = [to_shift for line in grid for to_shift in line]
         colours = [VERMILLION if to_shift else BLUE for to_shift in flat]
         hatches = ["////" if to_shift else None for to_shift in flat]
-        lines, columns = len(grid), len(grid[0])
-        _cells(panel, lines, columns, colours, hatches)
-        panel.set_title(textwrap.shorten(row.layer, 22), fontsize=9)
-        centre = ([columns / 2 - 0.5], [lines / 2 - 0.5])
-        mark(panel, [row.Index], *centre, width=float(columns), height=lines)
+        high, wide = len(grid), len(grid[0])
+        _cells(panel, high, wide, colours, hatches)
+        panel.set_title(textwrap.shorten(layer, 22), fontsize=9)
+        mark(panel, [index], [wide / 2 - 0.5], [high / 2 - 0.5], width=float(wide), height=high)
     return figure
 
 

@@ -7,6 +7,7 @@ from cost_models import fit as fit_module
 from cost_models.fit import app, fit
 from cost_models.fit_result import FitResult
 from cost_models.latency_table import LatencyTable
+from cost_models.work import Work
 from kernels.workload import Workload, linear
 from profiler.command_line import BadInput, run
 from profiler.store import create_store
@@ -114,13 +115,14 @@ def test_layers_and_models_that_were_measured_give_overheads(measure, sweep):
             kind="model",
             subject=name,
             lowering="deployed",
-            details={"model": name, "layers": layers, "kernels": 4 * layers, "kernel_ms": 2.0},
+            details={"model": name, **Work({}, {"operators": layers, "calls": 1.0}).details()},
         )
         for name, layers in (("a", 8), ("b", 12), ("c", 20))
     ]
     table, _ = fit([*sweep, *rows], "s")
     (found,) = table.overheads
-    assert found.latency_ms(2.0, 4 * 10, 10) == pytest.approx(3.0, rel=0.02)
+    counts = {"operators": 10, "calls": 1}
+    assert found.latency_ms(2.0, counts) == pytest.approx(2.0 + 3.0, rel=0.02)
     assert fit(sweep, "s")[0].overheads is None
 
 
