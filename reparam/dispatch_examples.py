@@ -69,7 +69,7 @@ def _grid(choice: Tensor, prefix: int, aspect: float) -> Tensor | None:
 def _pictures(x: Tensor) -> Tensor:
     """Small grey pictures ``(b, h, w)`` from 0 to 255."""
     grey = x.float().mean(1, keepdim=True)
-    high, wide = (min(size, _MOST_SIDE) for size in grey.shape[-2:])
-    small = F.adaptive_avg_pool2d(grey, (high, wide))[:, 0]
+    rows, columns = (min(size, _MOST_SIDE) for size in grey.shape[-2:])
+    small = F.adaptive_avg_pool2d(grey, (rows, columns))[:, 0]
     low, high = (edge(small.flatten(1), 1)[:, None, None] for edge in (torch.amin, torch.amax))
     return (255 * (small - low) / (high - low).clamp_min(1e-12)).round().int()
