@@ -18,9 +18,10 @@ from turns import agree, wait_for_turn
 
 import kernels
 from kernels.build import build, lowerings, set_threads
-from kernels.forms import FORMS
 from kernels.reference import max_abs_error, random_operands
-from kernels.workload import attention, linear
+
+# Of a base commit too, which may be older than kernels/forms.py.
+from kernels.workload import FORMS, attention, linear
 from profiler.device import cpu_info
 
 TURNS = 10

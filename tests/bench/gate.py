@@ -39,6 +39,9 @@ from profiler.verdicts import Effect, Verdict, holm, judge, paired_effect
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = Path("tests/bench")
 
+# How much longer a noisy machine may take.
+MOST_RESTARTS = 3
+
 app = typer.Typer(add_completion=False)
 
 
@@ -254,14 +257,43 @@ def _read_run(name: str, tree: Tree, folder: Path) -> Run:
     return found
 
 
-def measure_all(base: str, restarts: int) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
+def repeat(
+    measure: Callable[[int], dict[str, Run]], restarts: int, threshold: float = 0.05
+) -> dict[str, list[Run]]:
+    """Measures with fresh processes until the base tells a threshold from noise.
+
+    What decides is the base against itself alone: going on until the head looks good, or bad, would
+    make errors.
+
+    Args:
+        measure: One job by its number: a run of each side, among them ``base`` and ``base again``.
+        restarts: At least so many jobs, and at most MOST_RESTARTS times as many.
+        threshold: Least relative difference that matters.
+    """
+    runs: dict[str, list[Run]] = {}
+    for job in range(MOST_RESTARTS * restarts):
+        for side, each in measure(job).items():
+            runs.setdefault(side, []).append(each)
+        if job + 1 >= restarts and is_quiet(runs["base"], runs["base again"], threshold):
+            break
+    return runs
+
+
+def is_quiet(bases: Sequence[Run], agains: Sequence[Run], threshold: float) -> bool:
+    """Whether the noise floor of every case is at most half of a threshold."""
+    floors = (each.floor for each in compare_runs(bases, agains, bases, threshold))
+    return all(floor <= threshold / 2 for floor in floors)
+
+
+def measure_all(
+    base: str, restarts: int, threshold: float
+) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
     """Runs base, base once more and head in turns, and all again with fresh processes.
 
     Raises:
         BadInput: If the base is no commit.
         GateError: If a side measured nothing.
     """
-    runs: dict[str, list[Run]] = {"base": [], "base again": [], "head": []}
     cases: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         base_tree = Path(temporary) / "base"
@@ -269,14 +301,17 @@ def measure_all(base: str, restarts: int) -> tuple[dict[str, list[Run]], dict[st
         tree = Tree(with_own_benchmarks(base_tree))
         trees = {"base": tree, "base again": tree, "head": Tree(ROOT)}
         with Progress(console=Console(stderr=True)) as progress:
-            for restart in range(restarts):
-                task = progress.add_task(f"turns, {restart + 1} of {restarts}", total=None)
-                found, cases = measure_in_turns(
-                    trees, Path(temporary), lambda task=task: progress.advance(task)
+
+            def measure(job: int) -> dict[str, Run]:
+                again = f"of {restarts}" if job < restarts else "since the base is too noisy"
+                task = progress.add_task(f"turns, {job + 1} {again}", total=None)
+                found, known = measure_in_turns(
+                    trees, Path(temporary), lambda: progress.advance(task)
                 )
-                for side, each in found.items():
-                    runs[side].append(each)
-    return runs, cases
+                cases.update(known)
+                return found
+
+            return repeat(measure, restarts, threshold), cases
 
 
 def table(judged: Sequence[CaseVerdict]) -> Table:
@@ -302,7 +337,12 @@ def table(judged: Sequence[CaseVerdict]) -> Table:
 def main(
     base: Annotated[str, typer.Option(help="Commit to compare with.")] = "HEAD~1",
     restarts: Annotated[
-        int, typer.Option(help="How often all is done, each time with fresh processes.", min=1)
+        int,
+        typer.Option(
+            help="How often all is done, each time with fresh processes; up to "
+            f"{MOST_RESTARTS} times as often where the base against itself is noisy.",
+            min=1,
+        ),
     ] = 2,
     threshold: Annotated[
         float, typer.Option(help="Least relative difference that matters.", min=1e-6)
@@ -317,7 +357,7 @@ def main(
     devices differ; 2 bad input.
     """
     try:
-        runs, cases = measure_all(base, restarts)
+        runs, cases = measure_all(base, restarts, threshold)
         judged = compare_runs(runs["base"], runs["base again"], runs["head"], threshold)
     except GateError as error:
         print(f"gate failed: {error}", file=sys.stderr)

@@ -64,6 +64,21 @@ def test_restarts_are_judged_together():
         compare_runs(sides[0], sides[1], sides[2][:1])
 
 
+@pytest.mark.parametrize("noise, jobs", [(0.003, 2), (0.3, 6)])
+def test_a_noisy_base_is_measured_longer_whatever_the_head_does(noise, jobs):
+    for head in (1.0, 1.5):
+
+        def measure(job, head=head):
+            factors = {"base": 1.0, "base again": 1.0, "head": head}
+            return {
+                side: Run("d1", "/src", {"mult": tuple(level(factor, noise, seed=9 * job + place))})
+                for place, (side, factor) in enumerate(factors.items())
+            }
+
+        found = gate.repeat(measure, restarts=2)
+        assert {len(each) for each in found.values()} == {jobs}
+
+
 @given(st.floats(0.6, 1.6), st.floats(0.001, 0.2))
 @settings(max_examples=40, deadline=None)
 def test_swapping_the_sides_never_makes_both_slower(factor, threshold):

@@ -68,13 +68,8 @@ def measure_job(tree: Path, restarts: int) -> dict[str, list[Run]]:
         "head": Tree(tree),
         "slowed": Tree(tree, launches=SLOWED_LAUNCHES),
     }
-    runs: dict[str, list[Run]] = {side: [] for side in trees}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(restarts):
-            found, _ = gate.measure_in_turns(trees, Path(folder))
-            for side, each in found.items():
-                runs[side].append(each)
-    return runs
+        return gate.repeat(lambda job: gate.measure_in_turns(trees, Path(folder))[0], restarts)
 
 
 def error_rate(errors: int, verdicts: int) -> tuple[float, float, float]:
