@@ -97,7 +97,8 @@ def fit(
         seed=seed,
         created_at=created_at,
         fits=fits,
-        skipped=skipped | without,
+        skipped=skipped
+        | {f"what {subject} takes beside its kernels": why for subject, why in without.items()},
     )
     return table, result
 

@@ -8,13 +8,13 @@ of kind ``layer`` and ``model``), deployed models and torch originals apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import nnls
 
 from cost_models.latency_table import LatencyTable, TableError
-from cost_models.overheads import LayerOverhead
+from cost_models.overheads import LayerOverhead, beside_ms
 from cost_models.work import COUNTS, Work, WorkError
 from profiler.store import Measurement
 
@@ -99,7 +99,7 @@ def _left_out(rows: Sequence[Predicted]) -> list[Predicted]:
         others = [row for row in rows if row.model != name]
         costs = _costs(others) if others else {}
         found += [
-            Predicted(one.row, name, one.work, one.kernel_ms, _latency_ms(one, costs))
+            replace(one, predicted_ms=one.kernel_ms + beside_ms(costs, one.work.counts))
             if others
             else one
             for one in rows
@@ -145,8 +145,3 @@ def _costs(rows: Sequence[Predicted]) -> dict[str, float]:
     scale = np.maximum(relative.max(axis=0), 1e-300)
     costs = nnls(relative / scale, left)[0] / scale
     return {name: float(cost) for name, cost in zip(COUNTS, costs) if cost > 0}
-
-
-def _latency_ms(one: Predicted, costs: dict[str, float]) -> float:
-    counts = one.work.counts
-    return one.kernel_ms + sum(cost * counts.get(name, 0.0) for name, cost in costs.items())

@@ -21,6 +21,16 @@ _SHIFT_INT = {
     "acc_dtype": "int32",
     "fused": ("bias", "quantise", "scale"),
 }
+_SHIFT_FLOAT = {
+    **_LINEAR,
+    "primitive": "shift",
+    "coded": "w",
+    "alphabet": "pow2",
+    "code_bits": 8,
+    "exponent_min": -15,
+    "exponent_max": 0,
+    "w_dtype": "int8",
+}
 _ADD = {
     "primitive": "add",
     "coded": "x",
@@ -60,30 +70,9 @@ FORMS: dict[str, dict[str, Any]] = {
         "fused": ("bias", "quantise", "scale"),
     },
     # Sign and p + 127 in one byte: any p of an fp32 number of at most 1. The range is DeepShift's.
-    "shift_fp32": {
-        **_LINEAR,
-        "primitive": "shift",
-        "coded": "w",
-        "alphabet": "pow2",
-        "code_bits": 8,
-        "exponent_min": -15,
-        "exponent_max": 0,
-        "w_dtype": "int8",
-        "fused": ("bias", "scale"),
-    },
+    "shift_fp32": {**_SHIFT_FLOAT, "fused": ("bias", "scale")},
     # The same codes on bf16 activations, in which they are exact as well.
-    "shift_bf16": {
-        **_LINEAR,
-        "primitive": "shift",
-        "coded": "w",
-        "alphabet": "pow2",
-        "code_bits": 8,
-        "exponent_min": -15,
-        "exponent_max": 0,
-        "x_dtype": "bfloat16",
-        "w_dtype": "int8",
-        "fused": ("bias", "cast", "scale"),
-    },
+    "shift_bf16": {**_SHIFT_FLOAT, "x_dtype": "bfloat16", "fused": ("bias", "cast", "scale")},
     "shift_int8": {**_SHIFT_INT, "code_bits": 8},
     # Twice the range, by two products: of the small powers and of the large ones.
     "shift_int8_wide": {**_SHIFT_INT, "code_bits": 8, "exponent_min": -13},

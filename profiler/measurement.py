@@ -97,11 +97,16 @@ class Measurement(BaseModel):
     def key(self) -> str:
         """Identity of the row: what was measured, how, on which device. Resume looks it up."""
         return row_key(
-            self.workload.key if self.workload else f"{self.kind}:{self.subject}",
+            self.workload.key if self.workload else subject_key(self.kind, self.subject),
             self.lowering,
             self.cache,
             self.device.fingerprint,
         )
+
+
+def subject_key(kind: str, subject: str) -> str:
+    """What stands for the workload in the key of a layer or a model."""
+    return f"{kind}:{subject}"
 
 
 def row_key(subject_key: str, lowering: str, cache: str, fingerprint: str) -> str:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
-from profiler.measurement import Measurement, row_key
+from profiler.measurement import Measurement, row_key, subject_key
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -25,6 +25,7 @@ __all__ = [
     "create_store",
     "open_store",
     "row_key",
+    "subject_key",
 ]
 
 SCHEMA_VERSION = 2

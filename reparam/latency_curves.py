@@ -77,7 +77,8 @@ class ModelCurves:
 
     Attributes:
         layers: By qualified name of the MoE layer.
-        rest_ms: What no dispatch changes: routers and converted layers outside of MoE.
+        rest_ms: What no dispatch changes: routers, converted layers outside of MoE and, where it
+            was measured, what MoE layers take beside their kernels.
     """
 
     layers: Mapping[str, LayerCurves]

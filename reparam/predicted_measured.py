@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cost_models.layer_models import Predicted, kernel_ms, mape
 from cost_models.work import Work
 from profiler.device import DeviceInfo
 from profiler.samples import Timing, TimingSettings
-from profiler.store import Measurement, row_key
+from profiler.store import Measurement, row_key, subject_key
 from profiler.timing import measure_interleaved
 from reparam.attention_fit import captured_arguments
 from reparam.deploy import stored_bytes
@@ -67,7 +68,7 @@ def measured_rows(
     models = {"deployed": case.deployed, "torch": case.original}
     subject = f"{case.model}, batch {len(case.example)}"
     if not {_key("model", subject, name, device) for name in models} <= known:
-        launches = {name: _Launch(model, (case.example,), {}) for name, model in models.items()}
+        launches = {name: partial(model, case.example) for name, model in models.items()}
         timings = _timed(launches, settings)
         for name, model in models.items():
             work = work_of(model, case.example)
@@ -81,7 +82,7 @@ def measured_rows(
         for share in SHARES:
             made[share] = copy.deepcopy(layer)
             force_share_(made[share], share / 100, *args, **kwargs)
-        launches = {str(share): _Launch(one, args, kwargs) for share, one in made.items()}
+        launches = {str(share): partial(one, *args, **kwargs) for share, one in made.items()}
         timings = _timed(launches, settings)
         for share, one in made.items():
             work = work_of(one, *args, **kwargs)
@@ -107,17 +108,9 @@ def moe_sizes(
             yield fqn, layers[fqn], args, kwargs
 
 
-@dataclass(frozen=True)
-class _Launch:
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def __call__(self) -> None:
-        self.module(*self.args, **self.kwargs)
-
-
-def _timed(launches: Mapping[str, _Launch], settings: TimingSettings) -> dict[str, Timing]:
+def _timed(
+    launches: Mapping[str, Callable[[], Any]], settings: TimingSettings
+) -> dict[str, Timing]:
     with torch.no_grad():
         return measure_interleaved(dict(launches), settings)
 
@@ -136,7 +129,7 @@ def _tokens(layer: DeployedMoE, x: Tensor) -> dict[str, int]:
 
 
 def _key(kind: str, subject: str, lowering: str, device: DeviceInfo) -> str:
-    return row_key(f"{kind}:{subject}", lowering, "hot", device.fingerprint)
+    return row_key(subject_key(kind, subject), lowering, "hot", device.fingerprint)
 
 
 def _row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def compare(
             failed[way] = reason
         else:
             models[way] = model
-    launches = {way: _launch(model, example) for way, model in (models | deployed).items()}
+    launches = {way: partial(model, example) for way, model in (models | deployed).items()}
     with torch.no_grad():
         timings = measure_interleaved(launches, settings)
     contestants = [
@@ -164,10 +165,3 @@ def compare(
         speedup=speedups(best),
         speedup_eager=speedups(EAGER),
     )
-
-
-def _launch(model: nn.Module, example: Tensor) -> Callable[[], None]:
-    def launch() -> None:
-        model(example)
-
-    return launch

@@ -120,14 +120,9 @@ def scaling(run: RunFolder) -> Section:
             if figure is not None
         ]
     )
-    exponents = {
-        str(way): exponent(part.tokens.tolist(), part.latency_ms.tolist())
-        for way, part in frame[frame.tokens >= FIT_FROM].groupby("series")
-        if part.tokens.nunique() > 1
-    }
     lead = "; ".join(
-        f"{way} grows with tokens to the power of {significant(one.value)}"
-        for way, one in exponents.items()
+        f"{way} grows with tokens to the power of {significant(value)}"
+        for way, value in found.exponents().items()
     )
     pictures = (
         ()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from cost_models.latency_table import LatencyTable
+from cost_models.work import Work, WorkError
 from profiler.store import Measurement
 from reports import model_plots
 from reports.comparisons import latency
@@ -94,12 +95,11 @@ def _predicted_ms(row: Measurement, table: LatencyTable | None) -> float | None:
     overhead = table.overhead(row.kind, row.lowering) if table else None
     if kernel_ms is None or overhead is None:
         return kernel_ms
-    counts = {
-        name: value
-        for name in overhead.costs_ms
-        if (value := _detail(row, f"count.{name}")) is not None
-    }
-    return float(overhead.latency_ms(kernel_ms, counts))
+    try:
+        work = Work.of_details(row.details)
+    except WorkError:
+        return kernel_ms
+    return float(overhead.latency_ms(kernel_ms, work.counts))
 
 
 def _picture(

@@ -65,6 +65,7 @@ ALLOWED = {
         "profiler.command_line",
         "profiler.whole_file",
         "cost_models.latency_table",
+        "cost_models.work",
         "cost_models.fit_result",
         "cost_models.advice_result",
         "cost_models.energy_rules",

@@ -7,7 +7,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, argument, at, fill, gelu, local, program
+from kernels.lowerings.emit import LANES, argument, at, fill, gelu, inside, local, program
 from kernels.targets import KernelTarget
 
 SIDE = 3
@@ -41,14 +41,14 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
                 where = at(vector * LANES, LANES)
                 kept = local((SIDE * SIDE, LANES))
                 for tap in range(SIDE * SIDE):
-                    inside = _inside(line + (tap // SIDE - 1), height)
-                    factor = tirx.Select(inside, T.float32(1), T.float32(0))
+                    within = inside(line + (tap // SIDE - 1), height)
+                    factor = tirx.Select(within, T.float32(1), T.float32(0))
                     T.buffer_store(kept, weight[tap, where] * fill(factor, LANES), [tap, own])
                 with T.serial(0, width) as column:
                     T.buffer_store(held, bias[where], [own])
                     for right in range(SIDE):
                         place = column + (right - 1)
-                        with T.If(_inside(place, width)), T.Then():
+                        with T.If(inside(place, width)), T.Then():
                             total = held[own]
                             for down in range(SIDE):
                                 above = line + (down - 1)
@@ -60,10 +60,6 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
                     T.buffer_store(out, value, [image, line, column, where])
 
     return program(body)
-
-
-def _inside(place: Any, size: Any) -> Any:
-    return tirx.And(place >= 0, place < size)
 
 
 def _i32(value: int) -> Any:

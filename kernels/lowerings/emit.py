@@ -45,6 +45,11 @@ def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
     return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=DataType(dtype).itemsize)
 
 
+def inside(place: Any, size: Any) -> Any:
+    """Whether an index lies in an extent."""
+    return tirx.And(place >= 0, place < size)
+
+
 def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
     """A thread's own array: in registers where it is only met in whole vectors, else on the stack.
 

@@ -7,7 +7,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import argument, program
+from kernels.lowerings.emit import argument, inside, program
 from kernels.targets import KernelTarget
 
 
@@ -37,8 +37,8 @@ def patches(side: int, stride: int, padding: int, target: KernelTarget) -> tirx.
                     place = column * stride + (right - padding)
                     value = x[image, channel, _within(line, height), _within(place, width)]
                     if padding:
-                        inside = tirx.And(_inside(line, height), _inside(place, width))
-                        value = tirx.Select(inside, value, T.float32(0))
+                        both = tirx.And(inside(line, height), inside(place, width))
+                        value = tirx.Select(both, value, T.float32(0))
                     T.buffer_store(out, value, [image, row, column, channel, down, right])
 
     def _within(place: Any, size: Any) -> Any:
@@ -46,7 +46,3 @@ def patches(side: int, stride: int, padding: int, target: KernelTarget) -> tirx.
         return tirx.max(tirx.min(place, size - 1), zero) if padding else place
 
     return program(body)
-
-
-def _inside(place: Any, size: Any) -> Any:
-    return tirx.And(place >= 0, place < size)

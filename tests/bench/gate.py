@@ -3,8 +3,8 @@
 Three processes take turns at bursts of some 10 ms: the base, the base once more, and the head.
 Each turn gives one ratio head / base, free of what the machine did meanwhile; base against base,
 two processes of equal code, gives the noise floor, where the kernels' arrays lie included. All is
-done again with fresh processes, and the verdicts are those of ``profiler.verdicts``. Figures of
-different jobs are never compared.
+done again with fresh processes, longer where the floor hides what matters, and the verdicts are
+those of ``profiler.verdicts``. Figures of different jobs are never compared.
 
 Both trees are measured by the head's benchmarks. A gate that measured nothing must fail: so does a
 side without figures, a wrong result, or figures of different devices or of the wrong code.

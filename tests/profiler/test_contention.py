@@ -16,9 +16,11 @@ from profiler.samples import PRESETS, TimingSettings
 from profiler.store import open_store
 from profiler.timing import cache_flush, measure_interleaved
 
-# Of the figure without a hog, both at the clock that the sweep saw: neighbours of a virtual
-# machine change it by more from one minute to the next.
+# Of the figures without a hog, at the clock that each sweep saw.
 TOLERANCE = 0.15
+
+# A figure that a hog falsifies is false each time; a neighbour of a virtual machine comes and goes.
+ATTEMPTS = 3
 
 SWEEP = """
 timing = "quick"
@@ -65,25 +67,39 @@ def at_equal_clock(row):
     return row.latency_ms and row.latency_ms * row.details[CLOCK_RATE]
 
 
+def wrong_figures(disturbed, undisturbed):
+    """Figures found beside a hog that no sweep without one comes near; the others are NULL."""
+    assert all(found.keys() == disturbed.keys() for found in undisturbed)
+    wrong = {}
+    for key, row in disturbed.items():
+        if row.latency_ms is None:
+            assert row.status == "contended"
+            assert row.reason.startswith("contended: ")
+        elif quiet := [figure for found in undisturbed if (figure := at_equal_clock(found[key]))]:
+            figure = at_equal_clock(row)
+            if not min(quiet) * (1 - TOLERANCE) <= figure <= max(quiet) * (1 + TOLERANCE):
+                wrong[key] = figure, quiet
+    return wrong
+
+
 @pytest.mark.slow
-def test_a_sweep_beside_hogs_finds_the_right_figure_or_null(swept):
-    quiet = swept("quiet")
-    if not any(row.latency_ms for row in quiet.values()):
-        pytest.skip("this machine is busy")
-    for number in (1, os.cpu_count() or 1):
+@pytest.mark.parametrize("number", [1, os.cpu_count() or 1])
+def test_a_sweep_beside_hogs_finds_the_right_figure_or_null(swept, number):
+    wrong, before = {}, swept("quiet")
+    for attempt in range(ATTEMPTS):
         with hogs(number):
-            disturbed = swept(f"beside-{number}")
-        assert disturbed.keys() == quiet.keys()
-        right = contended = 0
-        for key, row in disturbed.items():
-            if row.latency_ms is None:
-                assert row.status == "contended"
-                assert row.reason.startswith("contended: ")
-                contended += 1
-            elif undisturbed := at_equal_clock(quiet[key]):
-                assert at_equal_clock(row) == pytest.approx(undisturbed, rel=TOLERANCE)
-                right += 1
-        print(f"beside {number} hogs: {right} figures right, {contended} contended, none wrong")
+            disturbed = swept(f"beside-{attempt}")
+        after = swept(f"quiet-{attempt}")
+        if not any(row.latency_ms for row in after.values()):
+            pytest.skip("this machine is busy")
+        wrong = wrong_figures(disturbed, (before, after))
+        contended = sum(row.latency_ms is None for row in disturbed.values())
+        right = len(disturbed) - contended - len(wrong)
+        print(f"{number} hogs: {right} figures right, {contended} contended, {len(wrong)} wrong")
+        if not wrong:
+            return
+        before = after
+    pytest.fail(f"wrong {ATTEMPTS} times, the last: {wrong}")
 
 
 def test_a_hog_on_every_core_is_in_the_counters():

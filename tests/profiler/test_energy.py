@@ -3,12 +3,10 @@
 import re
 
 import pytest
-from fake_nvml import H100
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_gpu import SimulatedGpu, SimulatedSensor
 
-from profiler.device import DeviceInfo
 from profiler.energy import (
     EnergyReading,
     EnergySettings,
@@ -16,15 +14,6 @@ from profiler.energy import (
     measuring_s,
 )
 from profiler.nvml import Unavailable
-
-CUDA = DeviceInfo(kind="cuda", name="simulated", uuid="GPU-0")
-CPU = DeviceInfo(kind="cpu", name="simulated", threads=1)
-H100_INFO = DeviceInfo(kind="cuda", name="fake", uuid=H100["nvmlDeviceGetUUID"])
-METERS = (
-    "nvmlDeviceGetTotalEnergyConsumption",
-    "nvmlDeviceGetPowerUsage",
-    "nvmlDeviceGetFieldValues",
-)
 
 
 def nothing(number: int) -> None:

@@ -30,13 +30,15 @@ def test_launch_overhead_is_a_small_part_of_a_real_product():
 
 
 def test_no_linear_exceeds_its_roof():
-    roofs = measure_roofs(cpu_info(threads=1), QUICK)
     workload = linear("mult_fp32", m=784, k=128, n=128)
+    # The clock may change between the two, and for long: so the roof is measured on both sides.
+    before = measure_roofs(cpu_info(threads=1), QUICK)
     measured_ms = latency_ms(workload)
-    if "fma_fp32" not in roofs or measured_ms is None:
+    after = measure_roofs(cpu_info(threads=1), QUICK)
+    if "fma_fp32" not in before.keys() & after.keys() or measured_ms is None:
         pytest.skip(BUSY)
-    # The clock may change between the two.
-    assert 0.05 < roofline_share(workload, measured_ms, roofs) < 1.3
+    shares = [roofline_share(workload, measured_ms, roofs) for roofs in (before, after)]
+    assert 0.05 < min(shares) < 1.3
 
 
 def test_no_share_without_a_roof_or_a_latency_or_for_other_products():

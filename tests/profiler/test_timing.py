@@ -1,6 +1,7 @@
 import gc
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -124,6 +125,20 @@ def test_warm_up_goes_on_until_the_samples_have_plateaued():
     }
     impatient = TimingSettings(rounds_min=6, rest_ms=0, warmup_ms=1.0, warmup_max_ms=20.0)
     assert hasty.measure(launches, impatient)["a"].details["plateaued"] is False
+
+
+def test_nothing_runs_for_a_while_before_each_burst(monkeypatch):
+    """Workers of the candidate before spin on as long as there is something to run beside."""
+    simulation, told = Simulation(), []
+    launches = {
+        name: simulation.launch(name, 0.1, lambda name=name: told.append(name)) for name in "ab"
+    }
+    monkeypatch.setattr("profiler.timing.time.sleep", lambda seconds: told.append(seconds))
+    found = simulation.measure(launches, TimingSettings(rounds_min=6, rest_ms=7.0))
+    assert told.count(0.007) == sum(len(each.bursts_ms) for each in found.values())
+    handovers = [pair for pair in pairwise(told) if pair in {("a", "b"), ("b", "a")}]
+    # One for the first warm-up of the second, which comes before all bursts.
+    assert handovers == [("a", "b")]
 
 
 def test_a_steady_launch_is_warmed_up_no_longer_than_it_takes_to_see_that():

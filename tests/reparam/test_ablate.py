@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from brief_timing import BRIEF
 from hypothesis import given
 from hypothesis import strategies as st
 from test_finetune import TINY, table_of
@@ -13,7 +14,6 @@ from typer.testing import CliRunner
 
 from kernels.workload import attention, linear
 from profiler.command_line import BadInput
-from profiler.samples import TimingSettings
 from reparam import ablation_unit
 from reparam.ablate import app, find_table
 from reparam.ablation_results import AblationResults, AblationRow, AblationUnit
@@ -47,15 +47,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         ablation_unit,
         "TIMING",
-        TimingSettings(
-            sample_ms=0.1,
-            rest_ms=0,
-            warmup_ms=0.5,
-            burst_ms=0.5,
-            rounds_min=6,
-            precision=0.5,
-            max_time_s=0.1,
-        ),
+        BRIEF,
     )
 
 

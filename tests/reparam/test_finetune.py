@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from brief_timing import BRIEF
 from click.testing import Result
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -17,7 +18,6 @@ from kernels.workload import Workload
 from profiler.command_line import BadInput
 from profiler.device import cpu_info
 from profiler.export import timm_rows
-from profiler.samples import TimingSettings
 from profiler.store import open_store
 from reparam import finetune as command
 from reparam import outcome, training
@@ -152,20 +152,11 @@ def table_file(tmp_path, table):
 
 @pytest.fixture
 def quick(monkeypatch):
-    settings = TimingSettings(
-        sample_ms=0.1,
-        rest_ms=0,
-        warmup_ms=0.5,
-        burst_ms=0.5,
-        rounds_min=6,
-        precision=0.5,
-        max_time_s=0.1,
-    )
     monkeypatch.setattr(outcome, "compiled", lambda model, example: (None, "not in this test"))
     monkeypatch.setattr(
         outcome,
         "measure_latencies",
-        lambda models, example: measure_latencies(models, example, settings),
+        lambda models, example: measure_latencies(models, example, BRIEF),
     )
 
 

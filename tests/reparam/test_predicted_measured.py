@@ -3,18 +3,14 @@
 import pytest
 import timm
 import torch
+from brief_timing import BRIEF
 
 from cost_models.latency_table import LatencyTable
 from cost_models.layer_models import predict_left_out
 from cost_models.work import Work
-from profiler.samples import TimingSettings
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.predicted_measured import SHARES, Case, measured_rows, table_of
-
-FAST = TimingSettings(
-    sample_ms=0.1, rest_ms=0, warmup_ms=0.5, burst_ms=0.5, rounds_min=6, precision=1, max_time_s=0.1
-)
 
 
 def case(name, depth):
@@ -36,7 +32,7 @@ def rows(table):
     return [
         row
         for one in (case("small", 1), case("large", 2))
-        for row in measured_rows(one, table, FAST, set())
+        for row in measured_rows(one, table, BRIEF, set())
     ]
 
 
@@ -53,7 +49,7 @@ def test_each_model_and_each_share_of_each_size_has_a_row(rows):
 
 def test_a_finished_row_is_not_measured_again(rows, table):
     known = {row.key for row in rows}
-    assert not list(measured_rows(case("small", 1), table, FAST, known))
+    assert not list(measured_rows(case("small", 1), table, BRIEF, known))
 
 
 def test_each_model_is_predicted_from_the_other_and_printed(rows, table):

@@ -83,6 +83,12 @@ def test_only_what_pays_is_converted_and_the_rest_says_why(table):
     assert isinstance(model.blocks[0].mlp.fc1, nn.Linear)
 
 
+def test_a_form_is_judged_by_its_own_figures(table):
+    """That a shift pays says nothing of a multiplication of ours, which the table has not."""
+    done = reparameterize_(vit(), config(table, attention_linears="mult_int8"))
+    assert not done.converted and "unknown" in done.skipped["blocks.0.attn.qkv"]
+
+
 def test_where_nothing_pays_nothing_is_converted(table):
     model = vit()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
