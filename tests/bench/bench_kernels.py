@@ -9,11 +9,14 @@ A case more is a workload more in ``cases``; every form of a linear that has a l
 """
 
 import os
+import random
 import time
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import pytest
+import torch
 from turns import agree, wait_for_turn
 
 import kernels
@@ -25,6 +28,9 @@ from kernels.workload import FORMS, attention, linear
 from profiler.device import cpu_info
 
 TURNS = 10
+# Where its arrays lie changes the latency of a kernel by some percent, and is an accident of each
+# process. So they move from turn to turn, within as much memory as no cache holds.
+ARENA_BYTES = 64 << 20
 SAMPLES_PER_TURN = 10
 WARM_UP_S = 5e-3
 # In one sample, which so takes 0.2 to 1 ms. The gate's error rates are measured with more.
@@ -40,11 +46,14 @@ def cases():
     return {workload.form: workload for workload in workloads if lowerings(workload)}
 
 
+AGREED = agree(list(cases()))
+
+
 @pytest.fixture(scope="session")
 def launches():
     """All kernels, built and checked before the first is timed."""
     set_threads(1)
-    built = {name: checked_launch(workload) for name, workload in cases().items()}
+    built = {name: checked(workload) for name, workload in cases().items() if name in AGREED}
     if hasattr(os, "sched_setaffinity"):
         # All sides on one CPU: on a shared host one may be slower than another for minutes, which
         # taking turns does not cancel where each side keeps to its own.
@@ -52,27 +61,41 @@ def launches():
     return built
 
 
-def checked_launch(workload):
+def checked(workload):
+    """A kernel and its arguments; its result is right."""
     kernel = build(workload)
     operands = random_operands(workload, seed=0)
     arguments, out = kernel.pack(operands), kernel.allocate(operands)
     kernel.launch(*arguments, out)
     assert max_abs_error(workload, operands, out)[1], "the result is wrong: not worth timing"
-    return lambda: kernel.launch(*arguments, out)
+    return kernel, (*arguments, out)
 
 
-@pytest.mark.parametrize("case", agree(list(cases())))
+def elsewhere(arguments, arena, rng):
+    """Copies of the arguments at random places of an arena, one after the other."""
+    place, moved = 64 * rng.randrange(len(arena) // 128), []
+    for argument in arguments:
+        place += 64 * rng.randrange(64)
+        moved.append(arena[place : place + argument.nbytes].view(argument.dtype))
+        moved[-1] = moved[-1].view(argument.shape).copy_(argument)
+        place += -(-argument.nbytes // 64) * 64
+    return moved
+
+
+@pytest.mark.parametrize("case", AGREED)
 def test_kernel(benchmark, launches, case):
-    launch = launches[case]
-    samples = 0
+    kernel, arguments = launches[case]
+    arena, rng = torch.zeros(ARENA_BYTES, dtype=torch.uint8), random.Random(case)
+    launch, samples = partial(kernel.launch, *arguments), 0
 
     def sample():
         for _ in repeat(None, LAUNCHES):
             launch()
 
     def before_each_sample():
-        nonlocal samples
+        nonlocal launch, samples
         if samples % SAMPLES_PER_TURN == 0:
+            launch = partial(kernel.launch, *elsewhere(arguments, arena, rng))
             wait_for_turn()
             end = time.perf_counter() + WARM_UP_S
             while time.perf_counter() < end:

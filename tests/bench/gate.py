@@ -3,8 +3,8 @@
 Three processes take turns at bursts of some 10 ms: the base, the base once more, and the head.
 Each turn gives one ratio head / base, free of what the machine did meanwhile; base against base,
 two processes of equal code, gives the noise floor, where the kernels' arrays lie included. All is
-done again with fresh processes, longer where the floor hides what matters, and the verdicts are
-those of ``profiler.verdicts``. Figures of different jobs are never compared.
+done again with fresh processes, for longer where the floor of a case hides what matters, and the
+verdicts are those of ``profiler.verdicts``. Figures of different jobs are never compared.
 
 Both trees are measured by the head's benchmarks. A gate that measured nothing must fail: so does a
 side without figures, a wrong result, or figures of different devices or of the wrong code.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,7 +118,7 @@ def _bursts_ms(benchmark: Mapping[str, Any]) -> tuple[float, ...]:
 def compare_runs(
     bases: Sequence[Run], agains: Sequence[Run], heads: Sequence[Run], threshold: float = 0.05
 ) -> list[CaseVerdict]:
-    """Judges every case that all runs measured, turn by turn.
+    """Judges every case that all sides measured, turn by turn.
 
     Args:
         bases, agains, heads: Runs of the base, of the base once more, and of the head; those of
@@ -134,12 +134,15 @@ def compare_runs(
     devices = {each.device for each in runs}
     if len(devices) > 1:
         raise GateError(f"different devices were measured: {', '.join(sorted(devices))}")
-    common = set.intersection(*(set(each.bursts_ms) for each in runs))
-    if not common:
+    rounds = list(zip(bases, agains, heads))
+    cases = [
+        case for case in heads[0].bursts_ms if all(case in each.bursts_ms for each in rounds[0])
+    ]
+    if not cases:
         raise GateError("base and head have no case in common")
-    cases = [case for case in heads[0].bursts_ms if case in common]
-    all_ms = [{case: _all_bursts(side, case) for case in cases} for side in (bases, agains, heads)]
-    of_base, of_again, of_head = all_ms
+    of_base, of_again, of_head = (
+        {case: _all_bursts(rounds, side, case) for case in cases} for side in range(3)
+    )
     effects = {case: _effect(of_base[case], of_head[case]) for case in cases}
     floors = {case: _floor(_effect(of_base[case], of_again[case])) for case in cases}
     p_values = dict(zip(cases, holm([effects[case].p_value for case in cases])))
@@ -156,8 +159,10 @@ def compare_runs(
     ]
 
 
-def _all_bursts(runs: Sequence[Run], case: str) -> list[float]:
-    return [burst_ms for each in runs for burst_ms in each.bursts_ms[case]]
+def _all_bursts(rounds: Sequence[tuple[Run, ...]], side: int, case: str) -> list[float]:
+    """Of one side, where all sides took turns at the case: later jobs measure what is noisy."""
+    together = [each for each in rounds if all(case in run.bursts_ms for run in each)]
+    return [burst_ms for each in together for burst_ms in each[side].bursts_ms[case]]
 
 
 def _effect(a_ms: Sequence[float], b_ms: Sequence[float]) -> Effect:
@@ -200,13 +205,17 @@ def with_own_benchmarks(tree: Path) -> Path:
 
 
 def measure_in_turns(
-    trees: Mapping[str, Tree], folder: Path, progress: Callable[[], None] = lambda: None
+    trees: Mapping[str, Tree],
+    folder: Path,
+    wanted: Container[str] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Run], dict[str, list[str]]]:
     """Runs the benchmarks of all trees at once, each in a process of its own, in turns.
 
     Args:
         trees: By the name of the side.
         folder: For the reports.
+        wanted: Cases to measure; None for all that the trees have in common.
         progress: Called after each round of turns.
 
     Returns:
@@ -218,7 +227,7 @@ def measure_in_turns(
     sides = [_start(name, tree, folder / f"{name}.json") for name, tree in trees.items()]
     failure = None
     try:
-        cases = turns.take_turns(sides, progress)
+        cases = turns.take_turns(sides, wanted, progress)
     except turns.OutOfStep as error:
         failure = error
     written = {side.name: side.end() for side in sides}
@@ -258,7 +267,9 @@ def _read_run(name: str, tree: Tree, folder: Path) -> Run:
 
 
 def repeat(
-    measure: Callable[[int], dict[str, Run]], restarts: int, threshold: float = 0.05
+    measure: Callable[[int, Container[str] | None], dict[str, Run]],
+    restarts: int,
+    threshold: float = 0.05,
 ) -> dict[str, list[Run]]:
     """Measures with fresh processes until the base tells a threshold from noise.
 
@@ -266,23 +277,28 @@ def repeat(
     make errors.
 
     Args:
-        measure: One job by its number: a run of each side, among them ``base`` and ``base again``.
-        restarts: At least so many jobs, and at most MOST_RESTARTS times as many.
+        measure: One job by its number and the cases wanted (None: all): a run of each side, among
+            them ``base`` and ``base again``.
+        restarts: So many jobs of all cases; those that are noisy then get up to MOST_RESTARTS
+            times as many.
         threshold: Least relative difference that matters.
     """
     runs: dict[str, list[Run]] = {}
+    noisy: list[str] | None = None
     for job in range(MOST_RESTARTS * restarts):
-        for side, each in measure(job).items():
+        for side, each in measure(job, noisy).items():
             runs.setdefault(side, []).append(each)
-        if job + 1 >= restarts and is_quiet(runs["base"], runs["base again"], threshold):
-            break
+        if job + 1 >= restarts:
+            noisy = noisy_cases(runs["base"], runs["base again"], threshold)
+            if not noisy:
+                break
     return runs
 
 
-def is_quiet(bases: Sequence[Run], agains: Sequence[Run], threshold: float) -> bool:
-    """Whether the noise floor of every case is at most half of a threshold."""
-    floors = (each.floor for each in compare_runs(bases, agains, bases, threshold))
-    return all(floor <= threshold / 2 for floor in floors)
+def noisy_cases(bases: Sequence[Run], agains: Sequence[Run], threshold: float) -> list[str]:
+    """Cases whose noise floor is more than half of a threshold."""
+    judged = compare_runs(bases, agains, bases, threshold)
+    return [each.case for each in judged if each.floor > threshold / 2]
 
 
 def measure_all(
@@ -302,11 +318,11 @@ def measure_all(
         trees = {"base": tree, "base again": tree, "head": Tree(ROOT)}
         with Progress(console=Console(stderr=True)) as progress:
 
-            def measure(job: int) -> dict[str, Run]:
-                again = f"of {restarts}" if job < restarts else "since the base is too noisy"
+            def measure(job: int, wanted: Container[str] | None) -> dict[str, Run]:
+                again = f"of {restarts}" if job < restarts else "of what is noisy"
                 task = progress.add_task(f"turns, {job + 1} {again}", total=None)
                 found, known = measure_in_turns(
-                    trees, Path(temporary), lambda: progress.advance(task)
+                    trees, Path(temporary), wanted, lambda: progress.advance(task)
                 )
                 cases.update(known)
                 return found
@@ -340,7 +356,7 @@ def main(
         int,
         typer.Option(
             help="How often all is done, each time with fresh processes; up to "
-            f"{MOST_RESTARTS} times as often where the base against itself is noisy.",
+            f"{MOST_RESTARTS} times as often what is noisy, base against itself.",
             min=1,
         ),
     ] = 2,

@@ -65,18 +65,31 @@ def test_restarts_are_judged_together():
 
 
 @pytest.mark.parametrize("noise, jobs", [(0.003, 2), (0.3, 6)])
-def test_a_noisy_base_is_measured_longer_whatever_the_head_does(noise, jobs):
+def test_a_noisy_case_is_measured_longer_whatever_the_head_does(noise, jobs):
     for head in (1.0, 1.5):
+        asked = []
 
-        def measure(job, head=head):
+        def measure(job, wanted, head=head, asked=asked):
+            asked.append(wanted)
             factors = {"base": 1.0, "base again": 1.0, "head": head}
             return {
-                side: Run("d1", "/src", {"mult": tuple(level(factor, noise, seed=9 * job + place))})
+                side: Run(
+                    "d1",
+                    "/src",
+                    {
+                        case: tuple(level(factor, noise_of, seed=9 * job + place))
+                        for case, noise_of in (("calm", 0.003), ("noisy", noise))
+                        if wanted is None or case in wanted
+                    },
+                )
                 for place, (side, factor) in enumerate(factors.items())
             }
 
         found = gate.repeat(measure, restarts=2)
+        assert asked == [None, None, *([["noisy"]] * (jobs - 2))]
         assert {len(each) for each in found.values()} == {jobs}
+        judged = compare_runs(found["base"], found["base again"], found["head"])
+        assert [each.case for each in judged] == ["calm", "noisy"]
 
 
 @given(st.floats(0.6, 1.6), st.floats(0.001, 0.2))
@@ -178,7 +191,7 @@ def started(*sides):
 def test_no_two_processes_measure_at_once_and_all_measure_what_is_common():
     sides = started(("a", ["x", "only a", "y"], 4), ("b", ["y", "x"], 4), ("c", ["x", "y"], 4))
     rounds = []
-    names = turns.take_turns(sides, lambda: rounds.append(1))
+    names = turns.take_turns(sides, progress=lambda: rounds.append(1))
     assert names == {"a": ["x", "only a", "y"], "b": ["y", "x"], "c": ["x", "y"]}
     assert len(rounds) == 8
     bursts = []
@@ -189,6 +202,12 @@ def test_no_two_processes_measure_at_once_and_all_measure_what_is_common():
     bursts.sort()
     assert all(end <= start for (_, end, _), (start, _, _) in pairwise(bursts))
     assert "".join(name for _, _, name in bursts) == "abccba" * 4
+
+
+def test_only_what_is_wanted_is_measured():
+    sides = started(("a", ["x", "y"], 2), ("b", ["y", "x"], 2))
+    assert turns.take_turns(sides, ["y", "z"]) == {"a": ["x", "y"], "b": ["y", "x"]}
+    assert all({line[0] for line in side.end().splitlines()} == {"y"} for side in sides)
 
 
 def test_a_process_that_ends_early_is_named():
@@ -250,8 +269,8 @@ def tree(tmp_path):
 def test_the_same_code_is_not_slower_and_three_times_the_work_is(tree, tmp_path):
     trees = dict.fromkeys(["base", "base again", "head"], tree()) | {"slowed": tree(launches=30)}
 
-    def measure(job):
-        found, cases = measure_in_turns(trees, tmp_path)
+    def measure(job, wanted):
+        found, cases = measure_in_turns(trees, tmp_path, wanted)
         assert cases["head"] == ["sum", "sorted"]
         return found
 

@@ -12,7 +12,7 @@ import json
 import os
 import select
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,11 +133,18 @@ def start(name: str, command: Sequence[str], folder: Path, variables: Mapping[st
 
 
 def take_turns(
-    sides: Sequence[Side], progress: Callable[[], None] = lambda: None
+    sides: Sequence[Side],
+    wanted: Container[str] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, list[str]]:
     """Gives all sides the word in turns, until they have ended.
 
     The order swaps from round to round, so that a steady drift cancels.
+
+    Args:
+        sides: Started.
+        wanted: What is to be measured; None for all that the sides have in common.
+        progress: Called after each round.
 
     Returns:
         What each side, by name, could have measured.
@@ -146,7 +153,11 @@ def take_turns(
         OutOfStep: If one ends before the others.
     """
     names = {side.name: side.names() for side in sides}
-    common = [name for name in names[sides[0].name] if all(name in it for it in names.values())]
+    common = [
+        name
+        for name in names[sides[0].name]
+        if all(name in it for it in names.values()) and (wanted is None or name in wanted)
+    ]
     for side in sides:
         side.tell(common)
     asking = {side.name: side.asks() for side in sides}

@@ -69,7 +69,9 @@ def measure_job(tree: Path, restarts: int) -> dict[str, list[Run]]:
         "slowed": Tree(tree, launches=SLOWED_LAUNCHES),
     }
     with tempfile.TemporaryDirectory() as folder:
-        return gate.repeat(lambda job: gate.measure_in_turns(trees, Path(folder))[0], restarts)
+        return gate.repeat(
+            lambda _, wanted: gate.measure_in_turns(trees, Path(folder), wanted)[0], restarts
+        )
 
 
 def error_rate(errors: int, verdicts: int) -> tuple[float, float, float]:
