@@ -27,7 +27,7 @@ from kernels.reference import max_abs_error, random_operands
 from kernels.workload import FORMS, attention, linear
 from profiler.device import cpu_info
 
-TURNS = 10
+TURNS = 20
 # Where its arrays lie changes the latency of a kernel by some percent, and is an accident of each
 # process. So they move from turn to turn, within as much memory as no cache holds.
 ARENA_BYTES = 64 << 20
