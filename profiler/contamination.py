@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from profiler.shared_core import CoreShare
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _STAT = Path("/proc/stat")
 _SCHEDSTAT = Path("/proc/self/schedstat")
@@ -23,6 +25,10 @@ _SCHEDSTAT = Path("/proc/self/schedstat")
 
 def _never() -> float:
     return 0.0
+
+
+def _whole() -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,14 @@ class Contamination:
             counted in ticks of 10 ms.
         others_s: CPU time of all other processes, divided by the number of CPUs; in ticks too, so
             that it means something over a whole measurement only.
+        core_share: No counter: how fast the core works now beside its fastest, 0 to 1; read before
+            and after each sample. See ``profiler.shared_core``.
     """
 
     waited_s: Callable[[], float] = _never
     stolen_s: Callable[[], float] = _never
     others_s: Callable[[], float] = _never
+    core_share: Callable[[], float] = _whole
 
 
 NO_CONTAMINATION = Contamination()
@@ -56,6 +65,7 @@ def host_contamination() -> Contamination:
         waited_s=RunQueueDelay() if _SCHEDSTAT.is_file() else _involuntary_switches_ms,
         stolen_s=_steal_s if has_stat else _never,
         others_s=_others_s if has_stat else _never,
+        core_share=CoreShare(),
     )
 
 

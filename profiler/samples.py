@@ -23,6 +23,9 @@ OUTLIER_FLOOR_MS = 0.02
 # Beyond these even the samples that lost no time shared cores, caches and memory with others.
 LARGEST_WAITING_SHARE = 0.2
 LARGEST_OTHERS_SHARE = 0.6
+# Of a core, below which a neighbour works on it too: that takes a third to a half of its speed. Its
+# clock, which changes by a sixth at most, takes less.
+LEAST_CORE_SHARE = 0.87
 
 _PLATEAU_WINDOW = 5
 _PLATEAU_TOLERANCE = 0.01
@@ -106,11 +109,15 @@ class Timing:
         stop_reason: Why sampling stopped, or that the figure was given up.
         reason: Why there is no latency.
         bursts_ms: Median of each burst in order, None where no sample was clean.
+        rounds_ms: The same with samples on a shared core: for ratios of candidates that took turns.
+            Not a column.
         samples_ms: The kept samples in the order in which they were taken, per launch; empty when
             contended.
         details: Further facts: ``launches_per_sample``; ``plateaued``, whether the first warm-up
             ended so; ``waiting_share`` of the sampling time; ``others_share``, CPU time of other
-            processes over that of all CPUs; and what a GPU's clock adds. Not a column.
+            processes over that of all CPUs; ``own_core``, whether the figures are of samples that
+            no neighbour shared the core with, and ``own_core_share`` of them among the clean ones;
+            and what a GPU's clock adds. Not a column.
     """
 
     latency_ms: float | None
@@ -123,13 +130,15 @@ class Timing:
     stop_reason: StopReason
     reason: str | None = None
     bursts_ms: tuple[float | None, ...] = ()
+    rounds_ms: tuple[float | None, ...] = ()
     samples_ms: tuple[float, ...] = ()
     details: Mapping[str, str | float | int | bool | None] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, Any]:
         """The fields that ``Measurement`` shares, raw samples and ``status`` included."""
-        shared = {name: value for name, value in vars(self).items() if name != "details"}
+        own = ("details", "rounds_ms")
+        shared = {name: value for name, value in vars(self).items() if name not in own}
         missing = "skipped" if self.stop_reason == "too short" else "contended"
         return shared | {"status": missing if self.latency_ms is None else "ok"}
 
@@ -156,6 +165,8 @@ class Burst:
         others_ms: CPU time of other processes during the burst, divided by the number of CPUs.
         throttled: Whether the device's clock was too low during each sample, ``(samples,)``;
             empty for a device that does not tell.
+        core_shares: The lower of the core's shares before and after each sample, ``(samples,)``;
+            empty where nobody looked.
     """
 
     number: int
@@ -165,6 +176,7 @@ class Burst:
     length_ms: float = math.inf
     others_ms: float = 0.0
     throttled: tuple[bool, ...] = ()
+    core_shares: tuple[float, ...] = ()
 
     @property
     def durations_ms(self) -> np.ndarray:
@@ -220,7 +232,7 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> Ratio | None:
         return None
     ratios = [
         above / below
-        for above, below in zip(numerator.bursts_ms, denominator.bursts_ms, strict=False)
+        for above, below in zip(numerator.rounds_ms, denominator.rounds_ms, strict=False)
         if above is not None and below is not None
     ]
     if len(ratios) < FEWEST_BURSTS:
@@ -245,26 +257,42 @@ def noise_floor(first: Timing, second: Timing) -> float | None:
     return None if ratio is None else max(ratio.high, 1 / ratio.low) - 1
 
 
-def _clean_samples(bursts: Sequence[Burst], disturbed_share: float) -> list[np.ndarray]:
-    """The latencies of each burst that nothing disturbed, ``(clean samples,)`` each."""
-    undisturbed = []
-    for burst in bursts:
-        latencies, durations = np.array(burst.latencies_ms), burst.durations_ms
-        calm = np.array(burst.waited_ms) <= disturbed_share * durations
-        if burst.throttled:
-            calm &= ~np.array(burst.throttled)
-        if burst.stolen_ms > disturbed_share * durations.sum():
-            calm[:] = False
-        undisturbed.append((latencies[calm], burst.number))
-    every = np.concatenate([latencies for latencies, _ in undisturbed])
+def _calm(burst: Burst, disturbed_share: float) -> npt.NDArray[np.bool_]:
+    """Which samples of a burst lost no time to others, ``(samples,)``."""
+    durations = burst.durations_ms
+    calm: npt.NDArray[np.bool_] = np.array(burst.waited_ms) <= disturbed_share * durations
+    if burst.throttled:
+        calm &= ~np.array(burst.throttled)
+    if burst.stolen_ms > disturbed_share * durations.sum():
+        calm[:] = False
+    return calm
+
+
+def _on_own_core(burst: Burst) -> npt.NDArray[np.bool_]:
+    """During which samples of a burst no neighbour worked on the same core, ``(samples,)``."""
+    shares = np.array(burst.core_shares or [1.0] * len(burst.latencies_ms))
+    own: npt.NDArray[np.bool_] = shares >= LEAST_CORE_SHARE
+    return own
+
+
+def _kept_samples(
+    bursts: Sequence[Burst], masks: Sequence[npt.NDArray[np.bool_]]
+) -> list[np.ndarray]:
+    """The latencies of each burst, ``(samples kept,)``: those of the masks without outliers."""
+    chosen = [np.array(burst.latencies_ms)[mask] for burst, mask in zip(bursts, masks)]
+    every = np.concatenate(chosen)
     centre = np.median(every) if every.size else math.nan
     return [
         latencies[
             (latencies <= OUTLIER_FACTOR * centre)
-            | ((latencies - centre) * number <= OUTLIER_FLOOR_MS)
+            | ((latencies - centre) * burst.number <= OUTLIER_FLOOR_MS)
         ]
-        for latencies, number in undisturbed
+        for latencies, burst in zip(chosen, bursts)
     ]
+
+
+def _medians(kept: Sequence[np.ndarray]) -> tuple[float | None, ...]:
+    return tuple(float(np.median(burst)) if burst.size else None for burst in kept)
 
 
 def summarise(
@@ -279,6 +307,10 @@ def summarise(
     clean, when more than a fifth of the sampling time went in waiting, or when other processes
     had more than 60 % of all CPUs: then even the clean samples shared cores, caches and memory.
 
+    Samples during which a neighbour of a virtual machine worked on the same core are left out where
+    ``rounds_min`` bursts have others; else there are figures all the same, and ``own_core`` says
+    that they may be of a slower core.
+
     The interval is the wider of two order-statistic intervals: over the samples, and over the
     bursts' medians. Samples of one burst share clocks, cache contents and placement, so the first
     alone is far too narrow; bursts lie a round apart and count as independent. Stopping as soon
@@ -290,9 +322,10 @@ def summarise(
     """
     if not bursts:
         raise ValueError("no bursts to summarise")
-    clean = _clean_samples(bursts, settings.disturbed_share)
-    kept = np.concatenate(clean)
-    medians = tuple(float(np.median(burst)) if burst.size else None for burst in clean)
+    calm = [_calm(burst, settings.disturbed_share) for burst in bursts]
+    own = [mask & _on_own_core(burst) for burst, mask in zip(bursts, calm)]
+    kept = np.concatenate(everything := _kept_samples(bursts, calm))
+    rounds_ms = medians = _medians(everything)
     known = [median for median in medians if median is not None]
     taken = sum(len(burst.latencies_ms) for burst in bursts)
     sampling_ms = sum(burst.durations_ms.sum() for burst in bursts)
@@ -303,6 +336,8 @@ def summarise(
         "launches_per_sample": bursts[0].number,
         "waiting_share": round(waiting, 4),
         "others_share": round(max(others, 0.0), 3),
+        "own_core": bool(sum(mask.any() for mask in own) >= settings.rounds_min),
+        "own_core_share": round(float(sum(mask.sum() for mask in own) / max(1, kept.size)), 3),
     }
     if any(len(burst.throttled) for burst in bursts):
         details["samples_throttled"] = throttled
@@ -322,8 +357,13 @@ def summarise(
             stop_reason="contended",
             reason=reason,
             bursts_ms=medians,
+            rounds_ms=rounds_ms,
             details=details,
         )
+    if details["own_core"]:
+        kept = np.concatenate(undisturbed := _kept_samples(bursts, own))
+        medians = _medians(undisturbed)
+        known = [median for median in medians if median is not None]
     low, high = zip(median_interval(kept), median_interval(known))
     p10, median, p90 = (float(value) for value in np.percentile(kept, (10, 50, 90)))
     return Timing(
@@ -336,6 +376,7 @@ def summarise(
         samples_discarded=taken - kept.size,
         stop_reason=stop_reason,
         bursts_ms=medians,
+        rounds_ms=rounds_ms,
         samples_ms=tuple(kept.tolist()),
         details=details,
     )

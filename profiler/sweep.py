@@ -31,7 +31,7 @@ from profiler.candidates import (
     try_build,
     try_check,
 )
-from profiler.clock import FULL_CLOCK, rate_of
+from profiler.clock import FULL_CLOCK, had_own_core, rate_of
 from profiler.command_line import output_folder, run
 from profiler.measurement import Measurement
 from profiler.model_workloads import ModelError
@@ -96,27 +96,33 @@ def calibrated(setting: Setting, checked: Sequence[Candidate]) -> Setting:
 
 
 def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -> None:
-    """Measures every product, and again those during which the clock was low.
+    """Measures every product, and again those during which the clock was low or the core shared.
 
     What a slow phase left behind is measured after it; a clock that stays low is the fastest there
-    is. Whatever is measured again takes the place of what was there, if it has a figure.
+    is, and so is a core that most products have to share. What is measured again takes the place of
+    what was there, if it has a figure of a core of its own.
     """
-    fastest = 0.0
+    fastest, waits = 0.0, False
     for label in ("measure", *["again"] * _TIMES_AGAIN):
         rates: list[float | None] = []
+        alone: list[bool] = []
         for states in track(label, groups, partial(measure, setting=setting)):
-            measured: list[Measurement] = []
-            for rows in states:
-                kept = [row for row in rows if label == "measure" or row.latency_ms is not None]
-                store.put(*kept)
-                measured += kept
+            measured = [row for rows in states for row in rows]
+            store.put(*(row for row in measured if label == "measure" or _is_figure(row)))
             rates.append(rate_of(measured))
+            alone.append(all(had_own_core(row) for row in measured))
         fastest = max([fastest, *(rate for rate in rates if rate is not None)])
+        waits = waits or (label == "measure" and sum(alone) >= len(alone) / 2)
         groups = [
             group
-            for group, rate in zip(groups, rates)
-            if rate is not None and rate < FULL_CLOCK * fastest and not _asks_energy(group, setting)
+            for group, rate, own in zip(groups, rates, alone)
+            if ((rate is not None and rate < FULL_CLOCK * fastest) or (waits and not own))
+            and not _asks_energy(group, setting)
         ]
+
+
+def _is_figure(row: Measurement) -> bool:
+    return row.latency_ms is not None and had_own_core(row)
 
 
 def _asks_energy(group: Sequence[Candidate], setting: Setting) -> bool:

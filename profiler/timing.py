@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ Facts = Mapping[str, str | float | int | bool | None]
 
 # The largest private cache of a core in use, where the machine does not tell.
 _PRIVATE_CACHE_BYTES = 2**22
+# Times ``max_time_s`` that is waited for a neighbour on the same core to pause.
+_PATIENCE = 2
 
 
 def _nothing() -> None:
@@ -305,11 +307,13 @@ def _take_burst(
     samples, waited_ms = [], []
     start = clock()
     stolen_s, others_s = contamination.stolen_s(), contamination.others_s()
+    shares = [contamination.core_share()]
     for _ in range(candidate.samples_per_burst):
         candidate.before()
         waited_s = contamination.waited_s()
         samples.append(candidate.sample())
         waited_ms.append((contamination.waited_s() - waited_s) * 1e3)
+        shares.append(contamination.core_share())
     throttled = tuple(each.throttled for each in samples if each.throttled is not None)
     return Burst(
         number=candidate.number,
@@ -320,6 +324,7 @@ def _take_burst(
         others_ms=(contamination.others_s() - others_s) * 1e3,
         # A probe that vanished midway says nothing of the burst.
         throttled=throttled if len(throttled) == len(samples) else (),
+        core_shares=tuple(min(around) for around in pairwise(shares)),
     )
 
 
@@ -327,11 +332,14 @@ def _finish(bursts: Sequence[Burst], spent_s: float, settings: TimingSettings) -
     """The stopping rule: the Timing if enough was sampled, else None.
 
     Beyond ``max_time_s`` up to twice ``rounds_min`` bursts are taken, as long as too few are clean:
-    one disturbed burst must not cost a slow kernel its figure.
+    one disturbed burst must not cost a slow kernel its figure. For up to twice ``max_time_s`` it
+    waits for as many bursts on a core of its own.
     """
     if len(bursts) < settings.rounds_min or spent_s < settings.min_time_s:
         return None
     timing = summarise(bursts, settings, "precision")
+    if not timing.details["own_core"] and spent_s < _PATIENCE * settings.max_time_s:
+        return None
     if timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms:
         width_ms = timing.latency_high_ms - timing.latency_low_ms
         if width_ms / 2 <= settings.precision * timing.latency_ms:

@@ -22,6 +22,7 @@ from reparam.deployed import (
 )
 from reparam.fuse import fuse_
 from reparam.hashing import SignHash
+from reparam.kept_memory import keep_freed_memory
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
 from reparam.one_thread import torch_on_one_thread_
@@ -46,6 +47,7 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     if fuse:
         fuse_(deployed)
         torch_on_one_thread_(deployed)
+        keep_freed_memory()
     return deployed
 
 

@@ -32,6 +32,7 @@ from reparam.deployed import (
     DeployedMoE,
 )
 from reparam.fuse import fuse_
+from reparam.kept_memory import keep_freed_memory
 from reparam.one_thread import torch_on_one_thread_
 
 _FORMAT, _VERSION = "shiftadd-deployed", 1
@@ -91,6 +92,7 @@ def load_deployed(path: str | Path) -> nn.Module:
         if content["fused"]:
             fuse_(model)
             torch_on_one_thread_(model)
+            keep_freed_memory()
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DeployedFileError(f"{path}: modules do not fit the model ({error!r})") from error
     try:

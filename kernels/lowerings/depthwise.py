@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, argument, at, fill, gelu, inside, local, program
+from kernels.lowerings.emit import LANES, argument, at, fill, gelu, inside, local, prefetch, program
 from kernels.targets import KernelTarget
 
 SIDE = 3
+# Columns at a time: a token that several of them see is loaded once, and so is a weight.
+_COLUMNS = 7
 
 
 def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx.PrimFunc:
@@ -24,7 +27,6 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
         activated: Whether a GELU follows.
         target: The CPU.
     """
-    vectors = channels // LANES
 
     def body() -> None:
         images, height, width = T.int32(), T.int32(), T.int32()
@@ -33,34 +35,47 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
         bias = argument("bias", (channels,), "float32")
         out = argument("out", (images, height, width, channels), "float32")
 
-        with T.parallel(0, images * height) as task:
-            image, line = tirx.floordiv(task, height), tirx.floormod(task, height)
-            scratch, held = local((3, LANES)), local(LANES)
-            own = at(0, LANES)
-            with T.serial(0, vectors) as vector:
-                where = at(vector * LANES, LANES)
-                kept = local((SIDE * SIDE, LANES))
+        def block(image: Any, line: Any, first: Any, columns: int) -> None:
+            with T.serial(0, channels // LANES) as vector:
+                where, own = at(vector * LANES, LANES), at(0, LANES)
+                kept, held = local((SIDE * SIDE, LANES)), local((columns, LANES))
+                value, scratch = local(LANES), local((3, LANES))
                 for tap in range(SIDE * SIDE):
                     within = inside(line + (tap // SIDE - 1), height)
-                    factor = tirx.Select(within, T.float32(1), T.float32(0))
-                    T.buffer_store(kept, weight[tap, where] * fill(factor, LANES), [tap, own])
-                with T.serial(0, width) as column:
-                    T.buffer_store(held, bias[where], [own])
-                    for right in range(SIDE):
-                        place = column + (right - 1)
-                        with T.If(inside(place, width)), T.Then():
-                            total = held[own]
-                            for down in range(SIDE):
-                                above = line + (down - 1)
-                                near = tirx.max(tirx.min(above, height - 1), _i32(0))
-                                value = x[image, near, place, where]
-                                total = total + value * kept[down * SIDE + right, own]
-                            T.buffer_store(held, total, [own])
-                    value = gelu(held[own], scratch) if activated else held[own]
-                    T.buffer_store(out, value, [image, line, column, where])
+                    factor = fill(tirx.Select(within, T.float32(1), T.float32(0)), LANES)
+                    T.buffer_store(kept, weight[tap, where] * factor, [tap, own])
+                for column in range(columns):
+                    # Of the next line: too many columns at once for the hardware's own prefetch.
+                    prefetch(x, [image, line + SIDE - 1, first + column, vector * LANES])
+                    T.buffer_store(held, bias[where], [column, own])
+                for seen, down in product(range(-1, columns + 1), range(SIDE)):
+                    place = first + seen
+                    token = x[image, _near(line + (down - 1), height), _near(place, width), where]
+                    if not 0 <= seen < columns:
+                        nothing = fill(T.float32(0), LANES)
+                        token = tirx.Select(fill(inside(place, width), LANES), token, nothing)
+                    T.buffer_store(value, token, [own])
+                    for column in range(max(0, seen - 1), min(columns, seen + 2)):
+                        tap = down * SIDE + (seen - column + 1)
+                        total = held[column, own] + value[own] * kept[tap, own]
+                        T.buffer_store(held, total, [column, own])
+                for column in range(columns):
+                    total = held[column, own]
+                    done = gelu(total, scratch) if activated else total
+                    T.buffer_store(out, done, [image, line, first + column, where])
+
+        with T.parallel(0, images * height) as task:
+            image, line = tirx.floordiv(task, height), tirx.floormod(task, height)
+            blocks = tirx.floordiv(width + (_COLUMNS - 1), _COLUMNS)
+            with T.If(width >= _COLUMNS):
+                with T.Then(), T.serial(0, blocks) as index:
+                    # The last ones may be done twice: the same again.
+                    block(image, line, tirx.min(index * _COLUMNS, width - _COLUMNS), _COLUMNS)
+                with T.Else(), T.serial(0, width) as column:
+                    block(image, line, column, 1)
 
     return program(body)
 
 
-def _i32(value: int) -> Any:
-    return tirx.const(value, "int32")
+def _near(place: Any, size: Any) -> Any:
+    return tirx.max(tirx.min(place, size - 1), tirx.const(0, "int32"))

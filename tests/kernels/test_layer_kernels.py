@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import kernels.layer_ops  # noqa: F401  registers torch.ops.shiftadd
 from kernels.layer_kernels import layer_kernel
 
 

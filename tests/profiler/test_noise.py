@@ -17,6 +17,7 @@ def timing(*bursts_ms):
         stop_reason="precision" if bursts_ms else "contended",
         reason=None if bursts_ms else "contended",
         bursts_ms=bursts_ms,
+        rounds_ms=bursts_ms,
     )
 
 

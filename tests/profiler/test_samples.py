@@ -57,6 +57,21 @@ def test_samples_at_too_low_a_clock_are_dropped_and_counted():
     assert "24 at too low a clock" in summarise(slow, SETTINGS).reason
 
 
+def test_samples_on_a_shared_core_are_left_out_where_there_are_enough_others():
+    def burst(latencies, shares):
+        return Burst(1, latencies, (0.0,) * len(latencies), 0.0, core_shares=shares)
+
+    mixed, shared = burst((1.0, 1.6, 1.6), (1.0, 0.6, 0.62)), burst((1.6,) * 3, (0.6,) * 3)
+    timing = summarise([mixed, shared] * 6, SETTINGS)
+    assert timing.latency_ms == timing.latency_high_ms == 1.0 and timing.samples_kept == 6
+    assert timing.samples_discarded == 30
+    assert timing.bursts_ms == (1.0, None) * 6 and timing.rounds_ms == (1.6,) * 12
+    assert timing.details["own_core"] and timing.details["own_core_share"] == 0.167
+    always = summarise([mixed, shared] * 5, SETTINGS)
+    assert always.latency_ms == 1.6 and always.bursts_ms == always.rounds_ms
+    assert not always.details["own_core"]
+
+
 def test_kept_samples_are_handed_on_in_their_order():
     rows = [[1.0, 1.1, 1.2], [1.3, 99.0, 1.25]] * 4
     timing = summarise(bursts_of(rows), SETTINGS)
@@ -196,7 +211,7 @@ def test_no_ratio_from_a_contended_candidate_or_too_few_rounds():
     contended = summarise(bursts_of([[1.0]] * 6, waited_ms=0.5), SETTINGS)
     assert paired_ratio(clean, contended) is None
     assert paired_ratio(clean, clean).value == 1.0
-    short = clean.__class__(**{**vars(clean), "bursts_ms": (1.0, None) * 4})
+    short = clean.__class__(**{**vars(clean), "rounds_ms": (1.0, None) * 4})
     assert paired_ratio(clean, short) is None
 
 

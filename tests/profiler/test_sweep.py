@@ -276,6 +276,35 @@ def test_what_was_measured_at_a_low_clock_is_measured_again(monkeypatch, tmp_pat
     assert found == {10: 10.0, 20: 9.6, 30: 9.9}
 
 
+@pytest.mark.parametrize("shared, again", [({1}, 1), ({1, 3}, 2), ({0, 1}, 0)])
+def test_what_was_measured_on_a_shared_core_is_measured_again(shared, again, monkeypatch, tmp_path):
+    """Three products; a core that most of them share is all that there is."""
+    time, calls = sites.LocalSite.time, []
+
+    def noted(site, launches, settings, cache):
+        own = len(calls) not in shared
+        calls.append(launches)
+        found = time(site, launches, settings, cache)
+        return {
+            name: replace(timing, details={**timing.details, "own_core": own})
+            for name, timing in found.items()
+        }
+
+    monkeypatch.setattr(sites.LocalSite, "clock_rate", lambda site: None)
+    monkeypatch.setattr(sites.LocalSite, "time", noted)
+    monkeypatch.setattr(sweep, "calibrated", lambda setting, checked: setting)
+    config = SweepConfig(
+        timing="quick", forms=("mult_fp32",), shapes=({"m": [10, 20, 30], "k": 16, "n": 32},)
+    )
+    (setting,) = settings_for(config, "clock", "cpu", "1")
+    store = create_store(tmp_path / "a.sqlite")
+    rows = sweep.sweep(setting, store)
+    store.close()
+    assert len(calls) == 3 + again
+    alone = {row.workload.m for row in rows if row.details["own_core"]}
+    assert alone == ({10, 20, 30} if again else {30})
+
+
 def test_a_figure_is_never_given_up_for_none(monkeypatch, tmp_path):
     """The clock was low, and the second time neighbours were in the way."""
     rates = iter([10.0, 10.0, 7.0, 7.0, *[10.0] * 2])

@@ -37,7 +37,9 @@ class Simulation:
         self.waited_s += ms / 1e3
 
     def measure(self, launches, settings=SETTINGS, **options):
-        counters = Contamination(lambda: self.waited_s, lambda: self.stolen_s)
+        counters = Contamination(
+            lambda: self.waited_s, lambda: self.stolen_s, core_share=lambda: 1 / self.slowdown
+        )
         return measure_interleaved(launches, settings, self.clock, counters, **options)
 
 
@@ -125,6 +127,28 @@ def test_warm_up_goes_on_until_the_samples_have_plateaued():
     }
     impatient = TimingSettings(rounds_min=6, rest_ms=0, warmup_ms=1.0, warmup_max_ms=20.0)
     assert hasty.measure(launches, impatient)["a"].details["plateaued"] is False
+
+
+def test_a_neighbour_on_the_same_core_is_waited_for():
+    simulation = Simulation()
+
+    def comes_and_goes():
+        """For 60 ms in each 100: whole bursts are spoiled, and parts of others."""
+        simulation.slowdown = 1.7 if simulation.now_s % 0.1 < 0.06 else 1.0
+
+    launches = {name: simulation.launch(name, 0.05, comes_and_goes) for name in "ab"}
+    found = simulation.measure(launches, TimingSettings(rounds_min=6, max_time_s=0.5))
+    assert all(each.latency_ms == pytest.approx(0.05) for each in found.values())
+    assert all(each.details["own_core"] for each in found.values())
+
+
+def test_a_neighbour_that_stays_costs_time_and_no_figure():
+    simulation, settings = Simulation(), TimingSettings(rounds_min=6, max_time_s=0.5)
+    simulation.slowdown = 1.7
+    timing = simulation.measure({"a": simulation.launch("a", 0.05)}, settings)["a"]
+    assert timing.latency_ms == pytest.approx(1.7 * 0.05)
+    assert timing.details["own_core"] is False
+    assert 1.0 < simulation.now_s < 2.0
 
 
 def test_nothing_runs_for_a_while_before_each_burst(monkeypatch):

@@ -68,6 +68,7 @@ def latencies(monkeypatch):
                     samples_discarded=0,
                     stop_reason="precision",
                     bursts_ms=(ms,) * 8,
+                    rounds_ms=(ms,) * 8,
                 )
             )
         return found
@@ -195,7 +196,7 @@ def test_the_groups_of_attention_products_are_tuned_from_their_own_default(
         seen.extend(schedules)
         timing = {"samples_kept": 8, "samples_discarded": 0, "stop_reason": "precision"}
         return [
-            Timing(latency_ms=ms, bursts_ms=(ms,) * 8, **timing)
+            Timing(latency_ms=ms, bursts_ms=(ms,) * 8, rounds_ms=(ms,) * 8, **timing)
             for ms in (float(schedule["group_bits"]) for schedule in schedules)
         ]
 
