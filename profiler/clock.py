@@ -48,8 +48,3 @@ def rate_of(rows: Sequence[Measurement]) -> float | None:
     """The lowest rate during which some rows were measured; None where it was not watched."""
     rates = (row.details.get(CLOCK_RATE) for row in rows)
     return min((float(rate) for rate in rates if rate is not None), default=None)
-
-
-def had_own_core(row: Measurement) -> bool:
-    """Whether no neighbour worked on its core; True where nobody looked, or nothing was timed."""
-    return row.latency_ms is None or row.details.get("own_core") is not False

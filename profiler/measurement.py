@@ -46,6 +46,7 @@ class Measurement(BaseModel):
         status: ``ok``; ``contended``, ``failed`` or ``skipped`` have latency None and a reason.
         run: Name of the sweep that wrote the row.
         details: Further facts as plain JSON (model rows: batch size, share of tokens, …).
+        on_shared_core: Whether the figure is of a core that a neighbour worked on as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -92,6 +93,11 @@ class Measurement(BaseModel):
         if self.energy_mj is None and not self.energy_reason:
             raise ValueError("energy_reason is needed where energy_mj is missing")
         return self
+
+    @property
+    def on_shared_core(self) -> bool:
+        """False where nobody looked, or nothing was timed; see ``profiler.shared_core``."""
+        return self.latency_ms is not None and self.details.get("own_core") is False
 
     @property
     def key(self) -> str:

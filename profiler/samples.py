@@ -50,6 +50,8 @@ class TimingSettings:
         min_time_s: Time for one candidate at least, warm-ups included.
         max_time_s: Time for one candidate at most. The least number of bursts is taken in any
             case: fewer give no interval.
+        patience: Times ``max_time_s`` to wait for bursts on a core that no neighbour works on; 0
+            where candidates are only ranked, which a shared core slows all alike.
         disturbed_share: Part of a sample's length that may be lost to other processes.
 
     Raises:
@@ -65,6 +67,7 @@ class TimingSettings:
     precision: float = 0.02
     min_time_s: float = 0.0
     max_time_s: float = 3.0
+    patience: float = 2.0
     disturbed_share: float = 0.02
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class TimingSettings:
         for name in ("sample_ms", "burst_ms", "precision", "max_time_s", "disturbed_share"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be above 0, got {getattr(self, name)}")
-        for name in ("rest_ms", "warmup_ms", "min_time_s"):
+        for name in ("rest_ms", "warmup_ms", "min_time_s", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
         for least, most in (("warmup_ms", "warmup_max_ms"), ("min_time_s", "max_time_s")):

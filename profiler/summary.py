@@ -115,6 +115,14 @@ def noise_line(rows: Sequence[Measurement]) -> str:
     return f"noise floor: {shown} (a kernel against itself){hides}"
 
 
+def shared_lines(rows: Sequence[Measurement]) -> list[str]:
+    """How many figures are of a core that a neighbour worked on too; nothing where none is."""
+    shared = sum(row.on_shared_core for row in rows)
+    if not shared:
+        return []
+    return [f"{shared} of {len(rows)} figures are of a core that another guest worked on as well"]
+
+
 def overhead_lines(rows: Sequence[Measurement]) -> list[str]:
     """What a launch costs by itself, which is part of every latency on a CPU."""
     found: dict[str, list[float]] = defaultdict(list)

@@ -31,7 +31,7 @@ from profiler.candidates import (
     try_build,
     try_check,
 )
-from profiler.clock import FULL_CLOCK, had_own_core, rate_of
+from profiler.clock import FULL_CLOCK, rate_of
 from profiler.command_line import output_folder, run
 from profiler.measurement import Measurement
 from profiler.model_workloads import ModelError
@@ -40,7 +40,14 @@ from profiler.progress import console, track
 from profiler.rows import measure
 from profiler.settings import Setting, config_for, remote_settings, settings_for
 from profiler.store import Store, create_store
-from profiler.summary import headlines, noise_line, overhead_lines, problems, summary_table
+from profiler.summary import (
+    headlines,
+    noise_line,
+    overhead_lines,
+    problems,
+    shared_lines,
+    summary_table,
+)
 from profiler.sweep_config import SweepConfig
 from profiler.workers import one_each
 
@@ -110,7 +117,7 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
             measured = [row for rows in states for row in rows]
             store.put(*(row for row in measured if label == "measure" or _is_figure(row)))
             rates.append(rate_of(measured))
-            alone.append(all(had_own_core(row) for row in measured))
+            alone.append(not any(row.on_shared_core for row in measured))
         fastest = max([fastest, *(rate for rate in rates if rate is not None)])
         waits = waits or (label == "measure" and sum(alone) >= len(alone) / 2)
         groups = [
@@ -122,7 +129,7 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
 
 
 def _is_figure(row: Measurement) -> bool:
-    return row.latency_ms is not None and had_own_core(row)
+    return row.latency_ms is not None and not row.on_shared_core
 
 
 def _asks_energy(group: Sequence[Candidate], setting: Setting) -> bool:
@@ -141,7 +148,7 @@ def report(
     console.print(summary_table(rows, title))
     for line in problems(rows):
         console.print(line, style="yellow", markup=False)
-    for line in [*headlines(rows), *overhead_lines(rows), noise_line(rows)]:
+    for line in [*headlines(rows), *overhead_lines(rows), noise_line(rows), *shared_lines(rows)]:
         console.print(line, markup=False, highlight=False)
     return [row for row in rows if row.key not in known]
 

@@ -54,8 +54,6 @@ Facts = Mapping[str, str | float | int | bool | None]
 
 # The largest private cache of a core in use, where the machine does not tell.
 _PRIVATE_CACHE_BYTES = 2**22
-# Times ``max_time_s`` that is waited for a neighbour on the same core to pause.
-_PATIENCE = 2
 
 
 def _nothing() -> None:
@@ -332,13 +330,13 @@ def _finish(bursts: Sequence[Burst], spent_s: float, settings: TimingSettings) -
     """The stopping rule: the Timing if enough was sampled, else None.
 
     Beyond ``max_time_s`` up to twice ``rounds_min`` bursts are taken, as long as too few are clean:
-    one disturbed burst must not cost a slow kernel its figure. For up to twice ``max_time_s`` it
+    one disturbed burst must not cost a slow kernel its figure. For ``patience`` times that long it
     waits for as many bursts on a core of its own.
     """
     if len(bursts) < settings.rounds_min or spent_s < settings.min_time_s:
         return None
     timing = summarise(bursts, settings, "precision")
-    if not timing.details["own_core"] and spent_s < _PATIENCE * settings.max_time_s:
+    if not timing.details["own_core"] and spent_s < settings.patience * settings.max_time_s:
         return None
     if timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms:
         width_ms = timing.latency_high_ms - timing.latency_low_ms

@@ -44,9 +44,10 @@ _SCREEN = TimingSettings(
     burst_ms=4.0,
     rounds_min=6,
     max_time_s=0.1,
+    patience=0.0,
 )
-_SEARCH = PRESETS["quick"]
-_RECORD = replace(PRESETS["quick"], min_time_s=0.3)
+_SEARCH = replace(PRESETS["quick"], patience=0.0)
+_RECORD = replace(_SEARCH, min_time_s=0.3)
 
 app = typer.Typer(add_completion=False)
 

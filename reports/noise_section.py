@@ -91,6 +91,7 @@ def _by_sweep(rows: Sequence[Measurement]) -> Table:
                 percent_cell(100 * max(floors)) if floors else missing("not measured"),
                 count_cell(len(some)),
                 count_cell(sum(row.status != "ok" for row in some)),
+                count_cell(sum(row.on_shared_core for row in some)),
                 percent_cell(100 * dropped / samples if samples else None, "no samples"),
             )
         )
@@ -103,6 +104,7 @@ def _by_sweep(rows: Sequence[Measurement]) -> Table:
             "noise floor",
             "rows",
             "rows without a figure",
+            "rows on a shared core",
             "samples dropped",
         ),
         tuple(cells),

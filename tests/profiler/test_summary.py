@@ -12,6 +12,7 @@ from profiler.summary import (
     noise_line,
     overhead_lines,
     problems,
+    shared_lines,
     summary_table,
 )
 
@@ -120,6 +121,14 @@ def test_the_table_says_what_the_alphabet_of_the_fastest_shift_loses():
     faster = _row(linear("shift_int4", 8, 16, 32), "shift.nibbles", 0.5)
     rows.append(faster.model_copy(update={"relative_error": 0.151}))
     assert "15.1% (int4)" in _printed(rows) and "14.2%" not in _printed(rows)
+
+
+def test_figures_of_a_shared_core_are_counted():
+    rows = _rows()
+    assert shared_lines(rows) == []
+    rows[0] = rows[0].model_copy(update={"details": {"own_core": False}})
+    (line,) = shared_lines(rows)
+    assert line.startswith(f"1 of {len(rows)} figures")
 
 
 def test_launch_overheads_are_told_apart():
