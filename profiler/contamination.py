@@ -27,10 +27,6 @@ def _never() -> float:
     return 0.0
 
 
-def _whole() -> float:
-    return 1.0
-
-
 @dataclass(frozen=True)
 class Contamination:
     """Counters of the time lost to others.
@@ -42,13 +38,13 @@ class Contamination:
         others_s: CPU time of all other processes, divided by the number of CPUs; in ticks too, so
             that it means something over a whole measurement only.
         core_share: No counter: how fast the core works now beside its fastest, 0 to 1; read before
-            and after each sample. See ``profiler.shared_core``.
+            and after each sample. None: nobody looks. See ``profiler.shared_core``.
     """
 
     waited_s: Callable[[], float] = _never
     stolen_s: Callable[[], float] = _never
     others_s: Callable[[], float] = _never
-    core_share: Callable[[], float] = _whole
+    core_share: Callable[[], float] | None = None
 
 
 NO_CONTAMINATION = Contamination()

@@ -118,9 +118,10 @@ class Timing:
             contended.
         details: Further facts: ``launches_per_sample``; ``plateaued``, whether the first warm-up
             ended so; ``waiting_share`` of the sampling time; ``others_share``, CPU time of other
-            processes over that of all CPUs; ``own_core``, whether the figures are of samples that
-            no neighbour shared the core with, and ``own_core_share`` of them among the clean ones;
-            and what a GPU's clock adds. Not a column.
+            processes over that of all CPUs; where somebody looked, ``own_core``, whether the
+            figures are of samples that no neighbour shared the core with, and ``own_core_share`` of
+            them among all; and what a GPU's clock adds. Not a column.
+        on_shared_core: Whether there were too few samples without such a neighbour.
     """
 
     latency_ms: float | None
@@ -136,6 +137,11 @@ class Timing:
     rounds_ms: tuple[float | None, ...] = ()
     samples_ms: tuple[float, ...] = ()
     details: Mapping[str, str | float | int | bool | None] = field(default_factory=dict)
+
+    @property
+    def on_shared_core(self) -> bool:
+        """False where nobody looked; see ``profiler.shared_core``."""
+        return self.details.get("own_core") is False
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -339,9 +345,11 @@ def summarise(
         "launches_per_sample": bursts[0].number,
         "waiting_share": round(waiting, 4),
         "others_share": round(max(others, 0.0), 3),
-        "own_core": bool(sum(mask.any() for mask in own) >= settings.rounds_min),
-        "own_core_share": round(float(sum(mask.sum() for mask in own) / max(1, kept.size)), 3),
     }
+    has_own_core = bool(sum(mask.any() for mask in own) >= settings.rounds_min)
+    if any(burst.core_shares for burst in bursts):
+        own_samples = sum(int(_on_own_core(burst).sum()) for burst in bursts)
+        details |= {"own_core": has_own_core, "own_core_share": round(own_samples / taken, 3)}
     if any(len(burst.throttled) for burst in bursts):
         details["samples_throttled"] = throttled
     reason = None
@@ -363,7 +371,7 @@ def summarise(
             rounds_ms=rounds_ms,
             details=details,
         )
-    if details["own_core"]:
+    if has_own_core:
         kept = np.concatenate(undisturbed := _kept_samples(bursts, own))
         medians = _medians(undisturbed)
         known = [median for median in medians if median is not None]

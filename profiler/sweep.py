@@ -106,8 +106,8 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
     """Measures every product, and again those during which the clock was low or the core shared.
 
     What a slow phase left behind is measured after it; a clock that stays low is the fastest there
-    is, and so is a core that most products have to share. What is measured again takes the place of
-    what was there, if it has a figure of a core of its own.
+    is, and a core that most products have to share is all there is. What is measured again takes
+    the place of what was there, if it has a figure, of a core of its own where there are such.
     """
     fastest, waits = 0.0, False
     for label in ("measure", *["again"] * _TIMES_AGAIN):
@@ -115,7 +115,7 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
         alone: list[bool] = []
         for states in track(label, groups, partial(measure, setting=setting)):
             measured = [row for rows in states for row in rows]
-            store.put(*(row for row in measured if label == "measure" or _is_figure(row)))
+            store.put(*(row for row in measured if label == "measure" or _is_better(row, waits)))
             rates.append(rate_of(measured))
             alone.append(not any(row.on_shared_core for row in measured))
         fastest = max([fastest, *(rate for rate in rates if rate is not None)])
@@ -128,8 +128,8 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
         ]
 
 
-def _is_figure(row: Measurement) -> bool:
-    return row.latency_ms is not None and not row.on_shared_core
+def _is_better(row: Measurement, waits: bool) -> bool:
+    return row.latency_ms is not None and not (waits and row.on_shared_core)
 
 
 def _asks_energy(group: Sequence[Candidate], setting: Setting) -> bool:

@@ -305,13 +305,15 @@ def _take_burst(
     samples, waited_ms = [], []
     start = clock()
     stolen_s, others_s = contamination.stolen_s(), contamination.others_s()
-    shares = [contamination.core_share()]
+    look = contamination.core_share
+    shares = [look()] if look else []
     for _ in range(candidate.samples_per_burst):
         candidate.before()
         waited_s = contamination.waited_s()
         samples.append(candidate.sample())
         waited_ms.append((contamination.waited_s() - waited_s) * 1e3)
-        shares.append(contamination.core_share())
+        if look:
+            shares.append(look())
     throttled = tuple(each.throttled for each in samples if each.throttled is not None)
     return Burst(
         number=candidate.number,
@@ -336,7 +338,7 @@ def _finish(bursts: Sequence[Burst], spent_s: float, settings: TimingSettings) -
     if len(bursts) < settings.rounds_min or spent_s < settings.min_time_s:
         return None
     timing = summarise(bursts, settings, "precision")
-    if not timing.details["own_core"] and spent_s < settings.patience * settings.max_time_s:
+    if timing.on_shared_core and spent_s < settings.patience * settings.max_time_s:
         return None
     if timing.latency_ms and timing.latency_low_ms and timing.latency_high_ms:
         width_ms = timing.latency_high_ms - timing.latency_low_ms

@@ -45,10 +45,18 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     """
     deployed = _deployed(copy.deepcopy(model).eval(), fuse)
     if fuse:
-        fuse_(deployed)
-        torch_on_one_thread_(deployed)
-        keep_freed_memory()
+        fuse_and_prepare_(deployed)
     return deployed
+
+
+def fuse_and_prepare_(deployed: nn.Module) -> None:
+    """Fuses a model whose layers are deployed, and sets up what it runs in.
+
+    Torch has one thread while it runs, and the process keeps the memory that it frees.
+    """
+    fuse_(deployed)
+    torch_on_one_thread_(deployed)
+    keep_freed_memory()
 
 
 def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> nn.Module:

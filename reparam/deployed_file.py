@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from profiler.whole_file import whole_file, write_whole
 from reparam.add_attention import AddAttention
+from reparam.deploy import fuse_and_prepare_
 from reparam.deployed import (
     DeployedAddAttention,
     DeployedAddProducts,
@@ -31,9 +32,6 @@ from reparam.deployed import (
     DeployedMlp,
     DeployedMoE,
 )
-from reparam.fuse import fuse_
-from reparam.kept_memory import keep_freed_memory
-from reparam.one_thread import torch_on_one_thread_
 
 _FORMAT, _VERSION = "shiftadd-deployed", 1
 
@@ -90,9 +88,7 @@ def load_deployed(path: str | Path) -> nn.Module:
         for fqn, spec in content["modules"].items():
             model.set_submodule(fqn, _made(spec))
         if content["fused"]:
-            fuse_(model)
-            torch_on_one_thread_(model)
-            keep_freed_memory()
+            fuse_and_prepare_(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DeployedFileError(f"{path}: modules do not fit the model ({error!r})") from error
     try:

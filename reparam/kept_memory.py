@@ -1,8 +1,8 @@
 """Freed memory stays with the process, as runtimes that plan their memory have it.
 
 glibc gives freed memory at the top of its heap, and large arrays at once, back to the system. The
-next forward pass faults it in again, page by page: 22,000 faults a pass and a third of the time of
-pvt_v2_b0 with 8 images. Torch's original models have as much of it, and are spared it as well.
+next forward pass faults it in again, page by page: of pvt_v2_b0 with 8 images 22,000 faults a pass,
+a fifth to a third of its time. Torch's originals have more of them, and are spared them as well.
 
 Source: mallopt(3).
 """

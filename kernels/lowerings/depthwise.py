@@ -8,7 +8,18 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, argument, at, fill, gelu, inside, local, prefetch, program
+from kernels.lowerings.emit import (
+    LANES,
+    argument,
+    at,
+    fill,
+    gelu,
+    inside,
+    local,
+    near,
+    prefetch,
+    program,
+)
 from kernels.targets import KernelTarget
 
 SIDE = 3
@@ -50,7 +61,7 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
                     T.buffer_store(held, bias[where], [column, own])
                 for seen, down in product(range(-1, columns + 1), range(SIDE)):
                     place = first + seen
-                    token = x[image, _near(line + (down - 1), height), _near(place, width), where]
+                    token = x[image, near(line + (down - 1), height), near(place, width), where]
                     if not 0 <= seen < columns:
                         nothing = fill(T.float32(0), LANES)
                         token = tirx.Select(fill(inside(place, width), LANES), token, nothing)
@@ -75,7 +86,3 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
                     block(image, line, column, 1)
 
     return program(body)
-
-
-def _near(place: Any, size: Any) -> Any:
-    return tirx.max(tirx.min(place, size - 1), tirx.const(0, "int32"))

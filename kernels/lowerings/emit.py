@@ -50,6 +50,11 @@ def inside(place: Any, size: Any) -> Any:
     return tirx.And(place >= 0, place < size)
 
 
+def near(place: Any, size: Any) -> Any:
+    """The index of an extent that is next to one that may lie outside."""
+    return tirx.max(tirx.min(place, size - 1), tirx.const(0, "int32"))
+
+
 def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
     """A thread's own array: in registers where it is only met in whole vectors, else on the stack.
 

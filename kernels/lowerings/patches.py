@@ -7,7 +7,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import argument, inside, program
+from kernels.lowerings.emit import argument, inside, near, program
 from kernels.targets import KernelTarget
 
 
@@ -42,7 +42,6 @@ def patches(side: int, stride: int, padding: int, target: KernelTarget) -> tirx.
                     T.buffer_store(out, value, [image, row, column, channel, down, right])
 
     def _within(place: Any, size: Any) -> Any:
-        zero = tirx.const(0, "int32")
-        return tirx.max(tirx.min(place, size - 1), zero) if padding else place
+        return near(place, size) if padding else place
 
     return program(body)

@@ -54,7 +54,8 @@ def test_top1_routing(m, k, experts, normalised):
 
 
 @pytest.mark.parametrize(
-    "images, height, width, channels", [(1, 1, 1, 16), (2, 5, 7, 48), (1, 8, 2, 32)]
+    "images, height, width, channels",
+    [(1, 1, 1, 16), (2, 5, 7, 48), (1, 8, 2, 32), (2, 3, 9, 16), (1, 4, 14, 32), (1, 2, 20, 16)],
 )
 @pytest.mark.parametrize("activated", [False, True])
 def test_depthwise_gelu(images, height, width, channels, activated):

@@ -157,3 +157,4 @@ def test_a_real_measurement_plateaus_and_repeats():
         pytest.skip("this machine is busy")
     assert timings["a"].latency_ms == pytest.approx(timings["again"].latency_ms, rel=0.25)
     assert "plateaued" in timings["a"].details
+    assert 0 <= timings["a"].details["own_core_share"] <= 1

@@ -67,9 +67,12 @@ def test_samples_on_a_shared_core_are_left_out_where_there_are_enough_others():
     assert timing.samples_discarded == 30
     assert timing.bursts_ms == (1.0, None) * 6 and timing.rounds_ms == (1.6,) * 12
     assert timing.details["own_core"] and timing.details["own_core_share"] == 0.167
+    assert not timing.on_shared_core
     always = summarise([mixed, shared] * 5, SETTINGS)
     assert always.latency_ms == 1.6 and always.bursts_ms == always.rounds_ms
-    assert not always.details["own_core"]
+    assert always.on_shared_core
+    nobody_looked = summarise([burst((1.6,) * 3, ())] * 6, SETTINGS)
+    assert "own_core" not in nobody_looked.details and not nobody_looked.on_shared_core
 
 
 def test_kept_samples_are_handed_on_in_their_order():

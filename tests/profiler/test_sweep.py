@@ -251,58 +251,63 @@ def test_energy_is_measured_of_the_shapes_that_ask_and_its_time_told_before(
     assert told in capsys.readouterr().out
 
 
-def test_what_was_measured_at_a_low_clock_is_measured_again(monkeypatch, tmp_path):
-    """Three products on a simulated clock, low during the second and then its repetition."""
-    rates = iter([10.0, 10.0, 10.0, 7.0, 9.9, 10.0, 7.0, 7.0, 10.0, 9.6])
-    monkeypatch.setattr(sites.LocalSite, "clock_rate", lambda site: next(rates))
-    timed = []
-    time = sites.LocalSite.time
+@pytest.fixture
+def three_products(monkeypatch, tmp_path):
+    """Sweeps three products; which measurements find a shared core, and the clocks around each."""
 
-    def noted(site, launches, settings, cache):
-        timed.append(len(launches))
-        return time(site, launches, settings, cache)
+    def swept(shared=(), rates=()):
+        time, calls, rates = sites.LocalSite.time, [], iter(rates)
 
-    monkeypatch.setattr(sites.LocalSite, "time", noted)
-    monkeypatch.setattr(sweep, "calibrated", lambda setting, checked: setting)
-    config = SweepConfig(
-        timing="quick", forms=("mult_fp32",), shapes=({"m": [10, 20, 30], "k": 16, "n": 32},)
-    )
-    (setting,) = settings_for(config, "clock", "cpu", "1")
-    store = create_store(tmp_path / "a.sqlite")
-    rows = sweep.sweep(setting, store)
-    store.close()
-    assert len(timed) == 5 and next(rates, None) is None
+        def noted(site, launches, settings, cache):
+            own = len(calls) not in shared
+            calls.append(launches)
+            return {
+                name: replace(timing, details={**timing.details, "own_core": own})
+                for name, timing in time(site, launches, settings, cache).items()
+            }
+
+        monkeypatch.setattr(sites.LocalSite, "clock_rate", lambda site: next(rates, None))
+        monkeypatch.setattr(sites.LocalSite, "time", noted)
+        monkeypatch.setattr(sweep, "calibrated", lambda setting, checked: setting)
+        config = SweepConfig(
+            timing="quick", forms=("mult_fp32",), shapes=({"m": [10, 20, 30], "k": 16, "n": 32},)
+        )
+        (setting,) = settings_for(config, "again", "cpu", "1")
+        store = create_store(tmp_path / "a.sqlite")
+        rows = sweep.sweep(setting, store)
+        store.close()
+        assert next(rates, None) is None
+        return rows, len(calls)
+
+    return swept
+
+
+def test_what_was_measured_at_a_low_clock_is_measured_again(three_products):
+    """Low during the second and then its repetition."""
+    rates = (10.0, 10.0, 10.0, 7.0, 9.9, 10.0, 7.0, 7.0, 10.0, 9.6)
+    rows, times = three_products(rates=rates)
+    assert times == 5
     found = {row.workload.m: row.details[CLOCK_RATE] for row in rows}
     assert found == {10: 10.0, 20: 9.6, 30: 9.9}
 
 
 @pytest.mark.parametrize("shared, again", [({1}, 1), ({1, 3}, 2), ({0, 1}, 0)])
-def test_what_was_measured_on_a_shared_core_is_measured_again(shared, again, monkeypatch, tmp_path):
-    """Three products; a core that most of them share is all that there is."""
-    time, calls = sites.LocalSite.time, []
-
-    def noted(site, launches, settings, cache):
-        own = len(calls) not in shared
-        calls.append(launches)
-        found = time(site, launches, settings, cache)
-        return {
-            name: replace(timing, details={**timing.details, "own_core": own})
-            for name, timing in found.items()
-        }
-
-    monkeypatch.setattr(sites.LocalSite, "clock_rate", lambda site: None)
-    monkeypatch.setattr(sites.LocalSite, "time", noted)
-    monkeypatch.setattr(sweep, "calibrated", lambda setting, checked: setting)
-    config = SweepConfig(
-        timing="quick", forms=("mult_fp32",), shapes=({"m": [10, 20, 30], "k": 16, "n": 32},)
-    )
-    (setting,) = settings_for(config, "clock", "cpu", "1")
-    store = create_store(tmp_path / "a.sqlite")
-    rows = sweep.sweep(setting, store)
-    store.close()
-    assert len(calls) == 3 + again
+def test_what_was_measured_on_a_shared_core_is_measured_again(shared, again, three_products):
+    """A core that most products share is all that there is."""
+    rows, times = three_products(shared)
+    assert times == 3 + again
     alone = {row.workload.m for row in rows if row.details["own_core"]}
     assert alone == ({10, 20, 30} if again else {30})
+
+
+def test_a_core_that_is_always_shared_keeps_no_low_clock(three_products):
+    rows, times = three_products(range(9), (10.0, 10.0, 10.0, 7.0, 10.0, 10.0, 10.0, 9.8))
+    assert times == 4
+    assert {row.workload.m: row.details[CLOCK_RATE] for row in rows} == {
+        10: 10.0,
+        20: 9.8,
+        30: 10.0,
+    }
 
 
 def test_a_figure_is_never_given_up_for_none(monkeypatch, tmp_path):

@@ -44,11 +44,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(
-        ablation_unit,
-        "TIMING",
-        BRIEF,
-    )
+    monkeypatch.setattr(ablation_unit, "TIMING", BRIEF)
 
 
 def invoke(folder, *more):

@@ -170,3 +170,13 @@ def test_pvt_deploys():
     with torch.no_grad(), _Recorder(deployed := deploy(model), converted) as recorder:
         assert deployed(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
     assert not _torch_products(recorder)
+
+
+def test_a_process_that_runs_a_fused_model_keeps_its_memory(monkeypatch):
+    kept = []
+    monkeypatch.setattr("reparam.deploy.keep_freed_memory", lambda: kept.append(1))
+    model, _ = _converted(STAGE1)
+    deploy(model, fuse=False)
+    assert not kept
+    deploy(model)
+    assert kept
