@@ -10,6 +10,7 @@ from tvm import tirx
 from kernels.build import compile_program
 from kernels.lowerings.angular import angular_attention
 from kernels.lowerings.depthwise import depthwise_gelu
+from kernels.lowerings.layer_norm import layer_norm
 from kernels.lowerings.patches import patches
 from kernels.lowerings.routing import top1_routing
 from kernels.targets import cpu_target
@@ -17,6 +18,7 @@ from kernels.targets import cpu_target
 LAYER_KERNELS: dict[str, Callable[..., tirx.PrimFunc]] = {
     "angular_attention": angular_attention,
     "depthwise_gelu": depthwise_gelu,
+    "layer_norm": layer_norm,
     "patches": patches,
     "top1_routing": top1_routing,
 }

@@ -6,6 +6,7 @@
 read from where it lies and its result written to where it belongs: nothing is gathered or
 scattered in between, and the number of tokens of an expert is seen by this operator alone.
 ``torch.ops.shiftadd.depthwise_gelu``: the convolution between two linears of a PVT v2 MLP.
+``torch.ops.shiftadd.layer_norm``: of tokens, where no linear behind does it.
 ``torch.ops.shiftadd.patches``: what a convolution multiplies, as rows for a linear.
 """
 
@@ -31,6 +32,7 @@ _library.define(
 _library.define(
     "depthwise_gelu(Tensor x, Tensor weight, Tensor bias, int height, bool gelu) -> Tensor"
 )
+_library.define("layer_norm(Tensor x, Tensor norm) -> Tensor")
 _library.define("patches(Tensor x, int side, int stride, int padding) -> Tensor")
 # A chunk's own tables cost as much as some tokens: cutting a sequence must spare more than that.
 _SPLIT_GAIN = 1.2
@@ -156,6 +158,18 @@ def _depthwise_gelu_fake(
     return x.new_empty(x.shape)
 
 
+def _layer_norm(x: Tensor, norm: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty_like(rows)
+    if out.numel():
+        layer_kernel("layer_norm", rows.shape[1])(rows, norm, out)
+    return out.view(x.shape)
+
+
+def _layer_norm_fake(x: Tensor, norm: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _patches(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
     out = _patches_fake(x, side, stride, padding)
     if out.numel():
@@ -176,6 +190,7 @@ for _name, _implementation, _fake in (
     ("route", _route, _route_fake),
     ("moe", _moe, _moe_fake),
     ("depthwise_gelu", _depthwise_gelu, _depthwise_gelu_fake),
+    ("layer_norm", _layer_norm, _layer_norm_fake),
     ("patches", _patches, _patches_fake),
 ):
     _library.impl(_name, _implementation, "CPU")

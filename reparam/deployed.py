@@ -6,6 +6,7 @@ over a scale of its output; ``reparam.fuse`` sees to that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import kernels.layer_ops
 import kernels.torch_ops  # noqa: F401  both register torch.ops.shiftadd
 from kernels.packing import PANEL, LinearParameters, pack_linear
+from reparam.by_images import by_images
 
 
 class Fused(nn.Module):
@@ -120,6 +122,14 @@ class DeployedLinear(Fused):
             self.packed_1, self.packed_2 = self.packed_1 * padded, self.packed_2 * padded
 
 
+class DeployedLayerNorm(Fused):
+    """A layer norm that no kernel behind it does: of a stage, or in front of a sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., k)`` to the same."""
+        return torch.ops.shiftadd.layer_norm(x, self.norm)
+
+
 class DeployedConv(nn.Module):
     """A convolution of images: its windows as rows, and a linear.
 
@@ -134,8 +144,14 @@ class DeployedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, channels, h, w)`` to ``(b, n, rows, columns)``, the channels last in memory."""
-        rows = torch.ops.shiftadd.patches(x, self.side, self.stride, self.padding)
-        return self.linear(rows).permute(0, 3, 1, 2)
+
+        def some(x: Tensor, _: Tensor | None) -> Tensor:
+            rows = torch.ops.shiftadd.patches(x, self.side, self.stride, self.padding)
+            out: Tensor = self.linear(rows)
+            return out
+
+        windows = math.prod(x.shape[1:]) * self.side**2 // self.stride**2
+        return by_images(some, windows, x).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """The window."""
@@ -202,7 +218,12 @@ class DeployedAddAttention(nn.Module):
         """``(b, tokens, dim)`` to the same; there can be no mask."""
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask: linear attention with codes cannot be masked")
-        return self.proj(self.add_products(self.qkv(x)), residual)
+
+        def some(x: Tensor, residual: Tensor | None) -> Tensor:
+            out: Tensor = self.proj(self.add_products(self.qkv(x)), residual)
+            return out
+
+        return by_images(some, x.shape[1] * self.qkv.out_features, x, residual)
 
     def absorb_norm_(self, norm: nn.LayerNorm) -> None:
         """Does a layer norm in front from now on."""
@@ -338,10 +359,15 @@ class DeployedDepthwiseMlp(nn.Module):
         self, x: Tensor, feat_size: tuple[int, int], residual: Tensor | None = None
     ) -> Tensor:
         """``(b, height * width, k)`` to ``(b, height * width, n)``."""
-        hidden = torch.ops.shiftadd.depthwise_gelu(
-            self.fc1(x), self.weight, self.bias, feat_size[0], True
-        )
-        return self.fc2(hidden, residual)
+
+        def some(x: Tensor, residual: Tensor | None) -> Tensor:
+            hidden = torch.ops.shiftadd.depthwise_gelu(
+                self.fc1(x), self.weight, self.bias, feat_size[0], True
+            )
+            out: Tensor = self.fc2(hidden, residual)
+            return out
+
+        return by_images(some, x.shape[1] * len(self.bias), x, residual)
 
     def absorb_norm_(self, norm: nn.LayerNorm) -> None:
         """Does a layer norm in front from now on."""

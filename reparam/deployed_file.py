@@ -28,12 +28,13 @@ from reparam.deployed import (
     DeployedAngular,
     DeployedConv,
     DeployedDepthwiseMlp,
+    DeployedLayerNorm,
     DeployedLinear,
     DeployedMlp,
     DeployedMoE,
 )
 
-_FORMAT, _VERSION = "shiftadd-deployed", 1
+_FORMAT, _VERSION = "shiftadd-deployed", 2
 
 
 class DeployedFileError(ValueError):
@@ -103,6 +104,8 @@ def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
     """Deployed modules that lie in no other."""
     for name, child in model.named_children():
         fqn = f"{prefix}{name}"
+        if isinstance(child, DeployedLayerNorm):
+            continue  # fusing makes it again
         if type(child).__name__.startswith("Deployed") or isinstance(child, AddAttention):
             yield fqn, child
         else:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import fx, nn
 
 from reparam.deployed import (
     DeployedAddAttention,
     DeployedDepthwiseMlp,
+    DeployedLayerNorm,
     DeployedLinear,
     DeployedMlp,
     DeployedMoE,
@@ -30,6 +31,8 @@ _FUSING = (
     DeployedMoE,
 )
 _ADDS = (operator.add, operator.iadd, torch.add)
+# Not those of images, whose channels come first.
+_LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _NOTHING = (nn.Identity, nn.Dropout, DropPath)
 
 
@@ -45,7 +48,8 @@ def fuse_(model: nn.Module) -> dict[str, str]:
         model: Deployed, in evaluation mode. Layer norms that went into a kernel are gone then.
 
     Returns:
-        By the qualified name of a block, what was fused.
+        By the qualified name of a block, what was fused; of a layer norm that no kernel took over,
+        that it has one of its own.
     """
     done: dict[str, str] = {}
     for fqn, block in list(model.named_modules()):
@@ -64,7 +68,17 @@ def fuse_(model: nn.Module) -> dict[str, str]:
             traced.recompile()
             model.set_submodule(fqn, traced.eval())
             done[fqn] = ", ".join(fused)
+    for fqn, module in list(model.named_modules()):
+        if type(module) in _LAYER_NORMS and len(module.normalized_shape) == 1 and _on_cpu(module):
+            norm = DeployedLayerNorm()
+            norm.absorb_norm_(module)
+            model.set_submodule(fqn, norm.eval())
+            done[fqn] = "a kernel of its own"
     return done
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
 def _rewritten(block: nn.Module, graph: fx.Graph) -> list[str]:

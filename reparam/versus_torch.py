@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -92,12 +93,18 @@ def force_share_(deployed: nn.Module, share: float, *inputs: Any, **named: Any) 
         inputs, named: Of the model or layer.
     """
     generator = torch.Generator().manual_seed(0)
+    directions: dict[nn.Module, Tensor] = {}
+    seen: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
     def aim(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         assert isinstance(layer, DeployedMoE)
         tokens = layer.normalised(args[0]).flatten(0, -2)
-        direction = torch.randn(tokens.shape[1], generator=generator)
-        products = tokens @ direction
+        if layer not in directions:
+            directions[layer] = torch.randn(tokens.shape[1], generator=generator)
+        direction = directions[layer]
+        # A layer may be called for some of the images at a time.
+        seen[layer].append(tokens @ direction)
+        products = torch.cat(seen[layer])
         if 0 < share < 1:
             threshold = float(products.quantile(1 - share))
         else:

@@ -8,7 +8,17 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, at, bf16_bits, fill, local, prefetch, spans, vector_type
+from kernels.lowerings.emit import (
+    LANES,
+    at,
+    bf16_bits,
+    fill,
+    lanes_total,
+    local,
+    prefetch,
+    spans,
+    vector_type,
+)
 from kernels.packing import INT8_MAX
 
 # The first pass over a row asks for what comes that much later. The hardware's own prefetch
@@ -124,10 +134,7 @@ def normalise_row(x: Any, row: Any, k: int, norm: Any) -> Any:
         with T.serial(0, whole) as c:
             value = sums[at(0, LANES)] + term(c * LANES, LANES)
             T.buffer_store(sums, value, [at(0, LANES)])
-        total = sums[0]
-        for lane in range(1, LANES):
-            total = total + sums[lane]
-        T.buffer_store(moments, total, [moment])
+        T.buffer_store(moments, lanes_total(sums, LANES), [moment])
         for offset in range(whole * LANES, k):
             T.buffer_store(moments, moments[moment] + term(offset, 1), [moment])
         T.buffer_store(moments, moments[moment] * T.float32(1.0 / k), [moment])

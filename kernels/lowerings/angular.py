@@ -16,7 +16,16 @@ from tvm import tirx
 
 from kernels.lowerings.add import Rows, add_attention
 from kernels.lowerings.code_groups import groups_of
-from kernels.lowerings.emit import SIGN_BITS, argument, at, fill, local, program, spans
+from kernels.lowerings.emit import (
+    SIGN_BITS,
+    argument,
+    at,
+    fill,
+    lanes_total,
+    local,
+    program,
+    spans,
+)
 from kernels.targets import KernelTarget
 
 # F.normalize divides by no less.
@@ -117,9 +126,6 @@ def _length(vector: Any, width: int, length: Any) -> None:
         own = at(0, lanes)
         square = value * value
         T.buffer_store(squares, squares[own] + square if offset else square, [own])
-    total = squares[0]
-    for lane in range(1, widest):
-        total = total + squares[lane]
-    T.buffer_store(length, tirx.sqrt(total), [1])
+    T.buffer_store(length, tirx.sqrt(lanes_total(squares, widest)), [1])
     inverse = T.float32(1) / tirx.max(length[1], T.float32(_LEAST_LENGTH))
     T.buffer_store(length, inverse, [0])

@@ -89,6 +89,23 @@ def fill(value: Any, lanes: int) -> Any:
     return value if lanes == 1 else T.broadcast(value, lanes)
 
 
+def lanes_total(vector: Any, lanes: int) -> Any:
+    """Sum of the first ``lanes`` elements of an fp32 array, halved at each step.
+
+    One after the other the additions would wait for each other, longer than a short row takes.
+
+    Args:
+        vector: A ``local`` array.
+        lanes: A power of two.
+    """
+    while lanes > 1:
+        lanes //= 2
+        half = local(lanes)
+        T.buffer_store(half, vector[at(0, lanes)] + vector[at(lanes, lanes)], [at(0, lanes)])
+        vector = half
+    return vector[0]
+
+
 def vector_type(dtype: str, lanes: int) -> str:
     """TVM's name of a vector type."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"

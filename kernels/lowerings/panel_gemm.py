@@ -38,6 +38,7 @@ VECTORS = PANEL // LANES
 _STREAM_WEIGHT_BYTES = 512 * 1024
 # Rows are quantised or rounded as many at a time as stay in a cache until they are multiplied.
 _PREPARED_BYTES = 512 * 1024
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]
     rows = max(largest // 2, min(largest, 4))
     if workload.alphabet == "pow2" and workload.x_dtype == "float32":
         # A weight is decoded once for all rows of a tile, which takes as long as some of them.
-        rows = max(rows, largest - 1)
+        # Rows of x that lie whole pages apart share one set of the first cache, which holds eight.
+        rows = max(rows, largest - (4 if workload.k * 4 % _PAGE_BYTES == 0 else 1))
     return {
         "tile_rows": rows,
         "panels_outer": int(workload.weight_bytes > _STREAM_WEIGHT_BYTES),

@@ -8,7 +8,7 @@ import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.lowerings.activations import normalise_row
-from kernels.lowerings.emit import LANES, argument, at, fill, local, program
+from kernels.lowerings.emit import LANES, argument, at, fill, lanes_total, local, program
 from kernels.targets import KernelTarget
 
 
@@ -74,10 +74,7 @@ def _logit(
         where = at(c * LANES, LANES)
         value = sums[at(0, LANES)] + x[row, where] * gate[expert, where]
         T.buffer_store(sums, value, [at(0, LANES)])
-    total = bias[expert]
-    for lane in range(LANES if whole else 0):
-        total = total + sums[lane]
-    T.buffer_store(logits, total, [expert])
+    T.buffer_store(logits, bias[expert] + lanes_total(sums, LANES), [expert])
     for offset in range(whole, k):
         T.buffer_store(logits, logits[expert] + x[row, offset] * gate[expert, offset], [expert])
 

@@ -70,6 +70,23 @@ def test_depthwise_gelu(images, height, width, channels, activated):
     torch.testing.assert_close(out.double(), expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7, 64), (0, 16), (2, 3, 5, 40)])
+def test_layer_norm(shape):
+    k, x = shape[-1], 3 * torch.randn(shape) + 1
+    weight, bias = torch.randn(k), torch.randn(k)
+    out = torch.ops.shiftadd.layer_norm(x, torch.cat((weight, bias, torch.tensor([1e-5]))))
+    expected = F.layer_norm(x.double(), (k,), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_of_images_whose_channels_lie_apart():
+    x, norm = torch.randn(2, 24, 3, 5), torch.rand(2 * 24 + 1)
+    tokens = x.flatten(2).transpose(1, 2)
+    out = torch.ops.shiftadd.layer_norm(tokens, norm)
+    expected = F.layer_norm(tokens, (24,), norm[:24], norm[24:48], float(norm[48]))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("side, stride, padding", [(4, 4, 0), (7, 4, 3), (3, 2, 1), (2, 1, 0)])
 @pytest.mark.parametrize("images, channels, height, width", [(1, 3, 16, 12), (2, 5, 9, 14)])
 def test_patches_are_what_a_convolution_multiplies(

@@ -52,7 +52,7 @@ def test_it_loads_in_a_fresh_process(saved, tmp_path):
     "change, named",
     [
         ({"format": "other"}, "format"),
-        ({"version": 2}, "version"),
+        ({"version": 1}, "version"),
         ({"modules": {"blocks.0.attn": {"is": "magic"}}}, "magic"),
         ({"modules": {}}, "safetensors"),
     ],
