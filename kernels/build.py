@@ -167,7 +167,7 @@ class Kernel:
         """An output for these operands: ``(m, n)`` of a linear, ``(b, m, n)`` else."""
         x, n = operands.x, self.workload.n
         if self.workload.kind == "linear":
-            return x.new_empty(x.shape[0], n)
+            return x.new_empty(x.shape[0], n, dtype=getattr(torch, self.workload.out_dtype))
         rows = x.shape[2] if self.workload.kind == "kv" else x.shape[1]
         return x.new_empty(x.shape[0], rows, n)
 
@@ -251,7 +251,8 @@ def compile_program(function: tirx.PrimFunc, target: KernelTarget) -> tvm.runtim
 def arguments(operands: Operands) -> tuple[Tensor, ...]:
     """What a kernel of ours is launched on, without its output: weights are packed here."""
     if operands.parameters is not None:
-        beside = (operands.norm, operands.residual, operands.rows, operands.row_weight)
+        o = operands
+        beside = (o.x_scale, o.norm, o.residual, o.rows, o.row_weight)
         given = [tensor for tensor in beside if tensor is not None]
         return operands.x, *pack_linear(operands.parameters), *given
     assert operands.values is not None

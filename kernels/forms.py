@@ -94,4 +94,4 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 # What may be fused around any linear form without making another form of it.
-AROUND = ("layer_norm", "gelu", "residual", "gather", "scatter")
+AROUND = ("layer_norm", "gelu", "residual", "gather", "scatter", "codes")

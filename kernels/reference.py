@@ -11,7 +11,13 @@ import torch
 from scipy.special import ndtr
 from torch import Tensor
 
-from kernels.packing import INT8_MAX, LinearParameters, quantise_weight
+from kernels.packing import (
+    DOT_GROUP,
+    INT8_MAX,
+    LinearParameters,
+    quantise_rows,
+    quantise_weight,
+)
 from kernels.workload import Workload
 
 _EPS = 2.0**-23
@@ -26,8 +32,9 @@ class Operands:
     """Inputs of one workload, before any packing.
 
     Attributes:
-        x: Linear ``(m, k)``; KᵀV ``(b, k, m)`` and Q(KᵀV) ``(b, m, k)``: numbers whose sign is the
-            code. As all operands in the workload's out_dtype.
+        x: Linear ``(m, k)``, or its codes plus 128 as uint8, padded to whole groups; KᵀV
+            ``(b, k, m)`` and Q(KᵀV) ``(b, m, k)``: numbers whose sign is the code. As all operands
+            in the workload's out_dtype.
         parameters: Of a linear.
         values: Of an attention product: ``(b, k, n)``; of both in one ``(b, m, n)``.
         norm: Of a linear after a layer norm: ``(2k + 1,)``, weight, bias and epsilon.
@@ -36,6 +43,7 @@ class Operands:
         weight: Of a linear: the fp32 weight ``(n, k)`` that was written in its form's alphabet.
         rows: Of a linear that gathers or scatters: int32 ``(m,)``, a row each of x or of the
             result.
+        x_scale: Of a linear that takes codes: ``(m,)``, one scale per row.
         row_weight: Of a linear that scatters: ``(m,)``, what the result of each row is multiplied
             by.
     """
@@ -49,6 +57,7 @@ class Operands:
     residual: Tensor | None = None
     rows: Tensor | None = None
     row_weight: Tensor | None = None
+    x_scale: Tensor | None = None
 
     def to(self, device: str) -> Operands:
         """The same operands on another device."""
@@ -79,7 +88,11 @@ def random_operands(workload: Workload, seed: int = 0) -> Operands:
             norm = torch.cat((1 + 0.1 * normal(w.k), 0.1 * normal(w.k), torch.tensor([1e-6])))
         if "residual" in w.fused:
             residual = normal(w.m, w.n)
-        rows = row_weight = None
+        rows = row_weight = x_scale = None
+        if "codes" in w.fused:
+            codes, scale = quantise_rows(x)
+            codes = torch.nn.functional.pad(codes, (0, -w.k % DOT_GROUP))
+            x, x_scale = (codes + 128).to(torch.uint8), scale[:, 0].contiguous()
         if {"gather", "scatter"} & set(w.fused):
             rows = torch.randperm(w.m, generator=generator).int()
         if "scatter" in w.fused:
@@ -92,6 +105,7 @@ def random_operands(workload: Workload, seed: int = 0) -> Operands:
             residual=residual,
             rows=rows,
             row_weight=row_weight,
+            x_scale=x_scale,
         )
     dtype = getattr(torch, w.out_dtype)
 
@@ -168,7 +182,14 @@ def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarr
         # The kernel's mean and variance are sums of k numbers.
         off_by = (workload.k + 16) * _EPS
     if "quantise" in workload.fused:
-        codes, x_scale = _quantised(x)
+        if operands.x_scale is None:
+            codes, x_scale = _quantised(x)
+        else:
+            codes = x[:, : workload.k].astype(np.float64) - 128
+            x_scale = operands.x_scale.double().numpy()[:, None]
+            if "gather" in workload.fused:
+                assert operands.rows is not None
+                x_scale = x_scale[operands.rows.numpy()]
         product = (codes @ values.T) * x_scale * scale
         result = product + bias
         # Sums of whole numbers are exact; only the epilogue rounds.

@@ -20,7 +20,8 @@ from kernels.packing import quantise_rows
 from reparam.add_attention import AddProducts
 from reparam.data import Data
 from reparam.deploy import deploy
-from reparam.deployed import DeployedAngular, DeployedMoE, Fused
+from reparam.deployed import DeployedAngular, Fused
+from reparam.deployed_mlps import DeployedMoE
 from reparam.moe import MoEMlp, moe_layers
 from reparam.mult import MultLinear
 from reparam.results import Agreement

@@ -15,8 +15,10 @@ from reparam.deployed import (
     DeployedAddProducts,
     DeployedAngular,
     DeployedConv,
-    DeployedDepthwiseMlp,
     DeployedLinear,
+)
+from reparam.deployed_mlps import (
+    DeployedDepthwiseMlp,
     DeployedMlp,
     DeployedMoE,
 )

@@ -27,9 +27,11 @@ from reparam.deployed import (
     DeployedAddProducts,
     DeployedAngular,
     DeployedConv,
-    DeployedDepthwiseMlp,
     DeployedLayerNorm,
     DeployedLinear,
+)
+from reparam.deployed_mlps import (
+    DeployedDepthwiseMlp,
     DeployedMlp,
     DeployedMoE,
 )

@@ -16,9 +16,11 @@ from torch import fx, nn
 
 from reparam.deployed import (
     DeployedAddAttention,
-    DeployedDepthwiseMlp,
     DeployedLayerNorm,
     DeployedLinear,
+)
+from reparam.deployed_mlps import (
+    DeployedDepthwiseMlp,
     DeployedMlp,
     DeployedMoE,
 )

@@ -21,7 +21,7 @@ from profiler.store import Measurement, row_key, subject_key
 from profiler.timing import measure_interleaved
 from reparam.attention_fit import captured_arguments
 from reparam.deploy import stored_bytes
-from reparam.deployed import DeployedMoE
+from reparam.deployed_mlps import DeployedMoE
 from reparam.versus_torch import force_share_
 from reparam.watched_work import work_of
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
-from reparam.deployed import DeployedMoE
+from reparam.deployed_mlps import DeployedMoE
 from reparam.one_pass import watched
 from reparam.results import Interval
 from reparam.versus_torch_result import Comparison, Contestant

@@ -87,6 +87,19 @@ class _Watch(TorchDispatchMode):
     def _depthwise(self, args: Any, result: Tensor) -> None:
         self.counts["depthwise_macs"] += args[1].shape[0] * result.numel()
 
+    def _depthwise_linear(self, args: Any, result: Tensor) -> None:
+        x, weight, bias, height, gate, gate_bias, _, _, forms, n, _ = args
+        self.counts["depthwise_macs"] += weight.shape[0] * x.numel()
+        counts = [x.shape[0] * x.shape[1]]
+        if gate is not None:
+            hidden = torch.ops.shiftadd.depthwise_gelu(x, weight, bias, height, True).flatten(0, 1)
+            self.counts["routed"] += hidden.numel()
+            counts = torch.ops.shiftadd.route(hidden, None, gate, gate_bias)[2].tolist()
+        for form, m in zip(forms, counts):
+            if m:
+                self._product(linear(form, m, x.shape[-1], n))
+                self.counts["operators"] += 1
+
     def _patches(self, args: Any, result: Tensor) -> None:
         self.counts["patch_elements"] += result.numel()
 
@@ -115,6 +128,7 @@ _NOTES = {
     "shiftadd::angular_attention": _Watch._angular,
     "shiftadd::moe": _Watch._moe,
     "shiftadd::depthwise_gelu": _Watch._depthwise,
+    "shiftadd::depthwise_linear": _Watch._depthwise_linear,
     "shiftadd::patches": _Watch._patches,
     "aten::addmm": _Watch._addmm,
     "aten::mm": _Watch._addmm,

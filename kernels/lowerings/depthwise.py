@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
+from kernels.lowerings.activations import quantise_row
 from kernels.lowerings.emit import (
     LANES,
     argument,
@@ -20,6 +22,7 @@ from kernels.lowerings.emit import (
     prefetch,
     program,
 )
+from kernels.lowerings.routing import choose
 from kernels.targets import KernelTarget
 
 SIDE = 3
@@ -40,49 +43,129 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
     """
 
     def body() -> None:
-        images, height, width = T.int32(), T.int32(), T.int32()
-        x = argument("x", (images, height, width, channels), "float32")
-        weight = argument("weight", (SIDE * SIDE, channels), "float32")
-        bias = argument("bias", (channels,), "float32")
-        out = argument("out", (images, height, width, channels), "float32")
+        grid = tuple(T.int32() for _ in range(3))
+        x, weight, bias = _arguments(grid, channels)
+        out = argument("out", (*grid, channels), "float32")
 
         def block(image: Any, line: Any, first: Any, columns: int) -> None:
-            with T.serial(0, channels // LANES) as vector:
-                where, own = at(vector * LANES, LANES), at(0, LANES)
-                kept, held = local((SIDE * SIDE, LANES)), local((columns, LANES))
-                value, scratch = local(LANES), local((3, LANES))
-                for tap in range(SIDE * SIDE):
-                    within = inside(line + (tap // SIDE - 1), height)
-                    factor = fill(tirx.Select(within, T.float32(1), T.float32(0)), LANES)
-                    T.buffer_store(kept, weight[tap, where] * factor, [tap, own])
-                for column in range(columns):
-                    # Of the next line: too many columns at once for the hardware's own prefetch.
-                    prefetch(x, [image, line + SIDE - 1, first + column, vector * LANES])
-                    T.buffer_store(held, bias[where], [column, own])
-                for seen, down in product(range(-1, columns + 1), range(SIDE)):
-                    place = first + seen
-                    token = x[image, near(line + (down - 1), height), near(place, width), where]
-                    if not 0 <= seen < columns:
-                        nothing = fill(T.float32(0), LANES)
-                        token = tirx.Select(fill(inside(place, width), LANES), token, nothing)
-                    T.buffer_store(value, token, [own])
-                    for column in range(max(0, seen - 1), min(columns, seen + 2)):
-                        tap = down * SIDE + (seen - column + 1)
-                        total = held[column, own] + value[own] * kept[tap, own]
-                        T.buffer_store(held, total, [column, own])
-                for column in range(columns):
-                    total = held[column, own]
-                    done = gelu(total, scratch) if activated else total
-                    T.buffer_store(out, done, [image, line, first + column, where])
+            def store(vector: Any, column: int, value: Any) -> None:
+                where = at(vector * LANES, LANES)
+                T.buffer_store(out, value, [image, line, first + column, where])
 
-        with T.parallel(0, images * height) as task:
-            image, line = tirx.floordiv(task, height), tirx.floormod(task, height)
-            blocks = tirx.floordiv(width + (_COLUMNS - 1), _COLUMNS)
-            with T.If(width >= _COLUMNS):
-                with T.Then(), T.serial(0, blocks) as index:
-                    # The last ones may be done twice: the same again.
-                    block(image, line, tirx.min(index * _COLUMNS, width - _COLUMNS), _COLUMNS)
-                with T.Else(), T.serial(0, width) as column:
-                    block(image, line, column, 1)
+            place = (image, line, first, columns)
+            _convolved(x, weight, bias, grid, place, activated, store)
+
+        _each_block(grid, block)
 
     return program(body)
+
+
+def depthwise_codes(channels: int, experts: int, target: KernelTarget) -> tirx.PrimFunc:
+    """The same with a GELU, as a linear reads it that quantises its input, and as its router does.
+
+    ``main(x, weight, bias, [gate, gate_bias,] codes, scale, [choice, chosen])``. What the
+    convolution makes of a token stays in the first cache and is written as codes alone.
+
+    Shapes: x, weight and bias as for ``depthwise_gelu``; gate ``(experts, channels)``, gate_bias
+    ``(experts,)``; uint8 codes ``(tokens, channels)`` and fp32 scale ``(tokens,)`` of
+    ``kernels.lowerings.activations.quantise_row``; int32 choice and fp32 chosen ``(tokens,)`` of
+    ``kernels.lowerings.routing.choose``.
+
+    Args:
+        channels: A multiple of 16.
+        experts: 0 for a linear without a router.
+        target: The CPU.
+    """
+
+    def body() -> None:
+        grid, tokens = tuple(T.int32() for _ in range(3)), T.int32()
+        x, weight, bias = _arguments(grid, channels)
+        gate = gate_bias = choice = chosen = None
+        if experts:
+            gate = argument("gate", (experts, channels), "float32")
+            gate_bias = argument("gate_bias", (experts,), "float32")
+        codes = argument("codes", (tokens, channels), "uint8")
+        scale = argument("scale", (tokens,), "float32")
+        if experts:
+            choice = argument("choice", (tokens,), "int32")
+            chosen = argument("chosen", (tokens,), "float32")
+        _, height, width = grid
+
+        def block(image: Any, line: Any, first: Any, columns: int) -> None:
+            done = local((columns, channels))
+
+            def store(vector: Any, column: int, value: Any) -> None:
+                T.buffer_store(done, value, [column, at(vector * LANES, LANES)])
+
+            place = (image, line, first, columns)
+            _convolved(x, weight, bias, grid, place, True, store)
+            with T.serial(0, columns) as column:
+                token = (image * height + line) * width + first + column
+                if experts:
+                    choose(done, column, channels, gate, gate_bias, experts, token, choice, chosen)
+                quantise_row(done, column, channels, codes, token, scale)
+
+        _each_block(grid, block)
+
+    return program(body)
+
+
+def _arguments(grid: tuple[Any, ...], channels: int) -> tuple[Any, Any, Any]:
+    return (
+        argument("x", (*grid, channels), "float32"),
+        argument("weight", (SIDE * SIDE, channels), "float32"),
+        argument("bias", (channels,), "float32"),
+    )
+
+
+def _each_block(grid: tuple[Any, ...], block: Callable[[Any, Any, Any, int], None]) -> None:
+    """Calls ``block(image, line, first column, columns)`` for all of some images, in parallel."""
+    images, height, width = grid
+    with T.parallel(0, images * height) as task:
+        image, line = tirx.floordiv(task, height), tirx.floormod(task, height)
+        blocks = tirx.floordiv(width + (_COLUMNS - 1), _COLUMNS)
+        with T.If(width >= _COLUMNS):
+            with T.Then(), T.serial(0, blocks) as index:
+                # The last ones may be done twice: the same again.
+                block(image, line, tirx.min(index * _COLUMNS, width - _COLUMNS), _COLUMNS)
+            with T.Else(), T.serial(0, width) as column:
+                block(image, line, column, 1)
+
+
+def _convolved(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    grid: tuple[Any, ...],
+    place: tuple[Any, Any, Any, int],
+    activated: bool,
+    store: Callable[[Any, int, Any], None],
+) -> None:
+    """Emits some columns of a line; ``store(vector, column, value)`` takes what comes out."""
+    (_, height, width), (image, line, first, columns) = grid, place
+    with T.serial(0, int(x.shape[3]) // LANES) as vector:
+        where, own = at(vector * LANES, LANES), at(0, LANES)
+        kept, held = local((SIDE * SIDE, LANES)), local((columns, LANES))
+        value, scratch = local(LANES), local((3, LANES))
+        for tap in range(SIDE * SIDE):
+            within = inside(line + (tap // SIDE - 1), height)
+            factor = fill(tirx.Select(within, T.float32(1), T.float32(0)), LANES)
+            T.buffer_store(kept, weight[tap, where] * factor, [tap, own])
+        for column in range(columns):
+            # Of the next line: too many columns at once for the hardware's own prefetch.
+            prefetch(x, [image, line + SIDE - 1, first + column, vector * LANES])
+            T.buffer_store(held, bias[where], [column, own])
+        for seen, down in product(range(-1, columns + 1), range(SIDE)):
+            column_seen = first + seen
+            token = x[image, near(line + (down - 1), height), near(column_seen, width), where]
+            if not 0 <= seen < columns:
+                nothing = fill(T.float32(0), LANES)
+                token = tirx.Select(fill(inside(column_seen, width), LANES), token, nothing)
+            T.buffer_store(value, token, [own])
+            for column in range(max(0, seen - 1), min(columns, seen + 2)):
+                tap = down * SIDE + (seen - column + 1)
+                total = held[column, own] + value[own] * kept[tap, own]
+                T.buffer_store(held, total, [column, own])
+        for column in range(columns):
+            total = held[column, own]
+            store(vector, column, gelu(total, scratch) if activated else total)

@@ -95,6 +95,7 @@ class _Operands(NamedTuple):
     scale: Any
     bias: Any
     offset: Any
+    x_scale: Any
     norm: Any
     residual: Any
     rows: Any
@@ -109,11 +110,12 @@ def linear_panels(
     unit: Unit,
     stored: Stored,
 ) -> tirx.PrimFunc:
-    """A linear: ``main(x, w, [scale,] bias, [offset,] [norm,] [residual,] [rows, [weight,]] out)``.
+    """A linear: ``main(x, w, [scale,] bias, [offset,] [x_scale | norm,] [residual,]
+    [rows, [weight,]] out)``.
 
     Activations that are normalised, quantised or rounded first (``workload.fused``) go through a
-    workspace, a block of rows at a time. int8 codes are multiplied as unsigned bytes; what the
-    shift by 128 adds, ``offset[plane, n]``, is taken off at the end.
+    workspace, a block of rows at a time; codes are read where they lie. int8 codes are multiplied
+    as unsigned bytes; what the shift by 128 adds, ``offset[plane, n]``, is taken off at the end.
 
     Args:
         workload: A linear; its m is taken from x, or from rows where there are any, at each launch.
@@ -138,7 +140,7 @@ def linear_panels(
                 for decode in stored.planes
             ]
 
-        def finish(rows: int, first: Any, panel: Any, sums: list, row_scale: Any) -> None:
+        def finish(rows: int, first: Any, panel: Any, sums: list, x_scale: Any) -> None:
             activated = "gelu" in workload.fused
             scratch, done = local((3, LANES)), local(PANEL)
             for r in range(rows):
@@ -146,10 +148,8 @@ def linear_panels(
                 for v in range(VECTORS):
                     channel = at(panel * PANEL + v * LANES, LANES)
                     value = _joined([p[r][v] for p in sums], stored, given.offset, channel, panels)
-                    if row_scale is not None:
-                        value = value * (
-                            fill(row_scale[first[1] + r], LANES) * given.scale[channel]
-                        )
+                    if x_scale is not None:
+                        value = value * (fill(x_scale(r), LANES) * given.scale[channel])
                     elif given.scale is not None:
                         value = value * given.scale[channel]
                     value = value + given.bias[channel]
@@ -157,9 +157,9 @@ def linear_panels(
                         T.buffer_store(done, gelu(value, scratch), [at(v * LANES, LANES)])
                         value = done[at(v * LANES, LANES)]
                     if given.row_weight is not None:
-                        value = value * fill(given.row_weight[first[0] + r], LANES)
+                        value = value * fill(given.row_weight[first + r], LANES)
                     vectors.append(value)
-                row = first[0] + r
+                row = first + r
                 if given.row_weight is not None:
                     row = given.rows[row]
                 _store_row(given.out, given.residual, row, panel, workload.n, vectors)
@@ -170,8 +170,24 @@ def linear_panels(
                     _fetch_next_tile(given.x, first + rows, rows * kk)
                 return given.x[first + r, kk]
 
-            finish(rows, (first, first), panel, product(rows, panel, activation), None)
+            finish(rows, first, panel, product(rows, panel, activation), None)
 
+        def from_codes(rows: int, first: Any, panel: Any) -> None:
+            places = local(rows, "int32")
+            for r in range(rows):
+                place = given.rows[first + r] if "gather" in workload.fused else first + r
+                T.buffer_store(places, place, [r])
+
+            def activation(r: int, step: Any) -> Any:
+                group = given.x[places[r], at(step * unit.group, unit.group)]
+                return tirx.reinterpret("int32", group)
+
+            sums = product(rows, panel, activation)
+            finish(rows, first, panel, sums, lambda r: given.x_scale[places[r]])
+
+        if "codes" in workload.fused:
+            tiles(m, panels, *cut, from_codes)
+            return
         if not {"quantise", "cast", "layer_norm", "gather"} & set(workload.fused):
             tiles(m, panels, *cut, direct)
             return
@@ -183,7 +199,8 @@ def linear_panels(
                     return tirx.reinterpret("int32", group) if unit.group > 1 else group
 
                 sums = product(rows, panel, activation)
-                finish(rows, (start + first, first), panel, sums, row_scale)  # noqa: B023
+                x_scale = None if row_scale is None else lambda r: row_scale[first + r]  # noqa: B023
+                finish(rows, start + first, panel, sums, x_scale)  # noqa: B023
 
             tiles(rows_here, panels, *cut, from_workspace)
 
@@ -195,6 +212,8 @@ def _declare(workload: Workload, unit: Unit, stored: Stored, m: Any) -> _Operand
     panels, steps = -(-n // PANEL), -(-k // unit.group)
     padded = panels * PANEL
 
+    x_type, width = ("uint8", steps * unit.group) if "codes" in fused else ("float32", k)
+
     def if_fused(step: str, name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Any:
         return argument(name, shape, dtype) if step in fused else None
 
@@ -202,11 +221,12 @@ def _declare(workload: Workload, unit: Unit, stored: Stored, m: Any) -> _Operand
     sources = T.int32() if "gather" in fused else m
     places = T.int32() if "scatter" in fused else m
     return _Operands(
-        x=argument("x", (sources, k), "float32"),
+        x=argument("x", (sources, width), x_type),
         w=argument("w", (panels, steps, VECTORS * stored.width), stored.dtype),
         scale=if_fused("scale", "scale", (padded,)),
         bias=argument("bias", (padded,), "float32"),
         offset=if_fused("quantise", "offset", (len(stored.planes) * padded,), "int32"),
+        x_scale=if_fused("codes", "x_scale", (sources,)),
         norm=if_fused("layer_norm", "norm", (2 * k + 1,)),
         residual=if_fused("residual", "residual", (places, n)),
         rows=if_fused(indexed, "rows", (m,), "int32"),

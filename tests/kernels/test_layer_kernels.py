@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import kernels.layer_ops  # noqa: F401  registers torch.ops.shiftadd
 from kernels.layer_kernels import layer_kernel
+from kernels.packing import pack_linear, quantise_weight
 
 
 def _angular(qkv, conv, alphabet):
@@ -68,6 +69,39 @@ def test_depthwise_gelu(images, height, width, channels, activated):
     )
     expected = F.gelu(expected) if activated else expected
     torch.testing.assert_close(out.double(), expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+
+
+def _linears(forms, k, n):
+    parts = [pack_linear(quantise_weight(f, torch.randn(n, k), torch.randn(n))) for f in forms]
+    return [tensor for part in parts for tensor in part], [len(part) for part in parts]
+
+
+@pytest.mark.parametrize("images, height, width", [(2, 3, 9), (1, 1, 1), (3, 5, 4), (0, 2, 2)])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(
+    "forms",
+    [("shift_int8",), ("mult_int8", "shift_int8"), ("mult_int8", "shift_int4", "mult_int8")],
+)
+def test_depthwise_linear_is_its_steps(forms, added, images, height, width):
+    channels, n = 48, 40
+    x = torch.randn(images, height * width, channels)
+    weight, bias = torch.randn(9, channels), torch.randn(channels)
+    packed, lengths = _linears(forms, channels, n)
+    residual = torch.randn(images, height * width, n) if added else None
+    experts = len(forms) if len(forms) > 1 else 0
+    gate = torch.randn(experts, channels) if experts else None
+    gate_bias = torch.randn(experts) if experts else None
+    hidden = torch.ops.shiftadd.depthwise_gelu(x, weight, bias, height, True)
+    if experts:
+        expected = torch.ops.shiftadd.moe(
+            hidden, None, gate, gate_bias, packed, lengths, forms, [channels, n], False, residual
+        )
+    else:
+        expected = torch.ops.shiftadd.linear(hidden, packed, forms[0], n, None, False, residual)
+    actual = torch.ops.shiftadd.depthwise_linear(
+        x, weight, bias, height, gate, gate_bias, packed, lengths, forms, n, residual
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (3, 7, 64), (0, 16), (2, 3, 5, 40)])

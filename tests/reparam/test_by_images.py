@@ -10,7 +10,7 @@ from reparam import by_images as room
 from reparam.by_images import by_images
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
-from reparam.deployed import DeployedMoE
+from reparam.deployed_mlps import DeployedMoE
 from reparam.versus_torch import force_share_
 
 

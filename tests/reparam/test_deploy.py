@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy, stored_bytes
-from reparam.deployed import DeployedMoE
+from reparam.deployed_mlps import DeployedDepthwiseMlp, DeployedMoE
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_int_mm", "einsum", "mv", "dot")
 
@@ -115,6 +115,24 @@ def test_a_fused_model_computes_what_the_layers_compute(name, changes, mlp):
     assert (actual - expected).norm() < 2e-2 * expected.norm()
     norms = sum(isinstance(part, torch.nn.LayerNorm) for part in separate.modules())
     assert sum(isinstance(part, torch.nn.LayerNorm) for part in fused.modules()) < norms
+
+
+@pytest.mark.parametrize("mlp", ["shift_int8", "moe", "shift_fp32"])
+def test_codes_lie_between_the_linears_of_a_pvt_mlp_unless_someone_looks(mlp):
+    sizes = {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (1, 2)}
+    model, _ = _converted({"mlp": mlp}, model=timm.create_model("pvt_v2_b0", **sizes))
+    deployed, x = deploy(model), torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        with _Recorder(deployed, ["stages.0"]) as recorder:
+            at_once = deployed(x)
+        seen = []
+        for part in deployed.modules():
+            if isinstance(part, DeployedDepthwiseMlp):
+                part.fc2.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+        by_steps = deployed(x)
+    assert (("shiftadd", "depthwise_linear") in map(tuple, recorder.calls)) == (mlp != "shift_fp32")
+    assert len(seen) == 2 and seen[0].shape == (2, 14 * 14, 256)
+    torch.testing.assert_close(at_once, by_steps, rtol=1e-4, atol=1e-5)
 
 
 def test_looking_at_each_expert_changes_nothing():

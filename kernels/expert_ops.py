@@ -1,0 +1,261 @@
+"""Mixtures of experts as torch operators, on the CPU.
+
+``torch.ops.shiftadd.route``: tokens to experts, as ``kernels.lowerings.routing`` has it.
+``torch.ops.shiftadd.moe``: a mixture of experts from its layer norm to the residual. Each token is
+read from where it lies and its result written to where it belongs: nothing is gathered or
+scattered in between, and the number of tokens of an expert is seen by this operator alone.
+``torch.ops.shiftadd.depthwise_linear``: PVT v2's convolution with GELU and the linear, or the
+mixture of linears, behind it, of forms that quantise what they read.
+
+Where all experts quantise what they read it is done once, by the kernel that chooses among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.forms import FORMS
+from kernels.layer_kernels import layer_kernel
+from kernels.packing import DOT_GROUP
+from kernels.torch_ops import linear_kernel
+
+_library = torch.library.Library("shiftadd", "FRAGMENT")
+_library.define(
+    "route(Tensor x, Tensor? norm, Tensor gate, Tensor gate_bias) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "moe(Tensor x, Tensor? norm, Tensor gate, Tensor gate_bias, Tensor[] packed, int[] lengths,"
+    " str[] forms, int[] sizes, bool gelu, Tensor? residual) -> Tensor"
+)
+_library.define(
+    "depthwise_linear(Tensor x, Tensor weight, Tensor bias, int height, Tensor? gate,"
+    " Tensor? gate_bias, Tensor[] packed, int[] lengths, str[] forms, int n, Tensor? residual)"
+    " -> Tensor"
+)
+
+
+class _Route(NamedTuple):
+    """Rows in the order of the experts, the probabilities of their choices, tokens an expert."""
+
+    rows: Tensor
+    probability: Tensor
+    counts: Tensor
+
+
+class _Given(NamedTuple):
+    """What the first linear of each expert reads.
+
+    Attributes:
+        x: All tokens.
+        beside: The layer norm in front, or the scales of codes.
+        around: What the linear does in front of its product.
+    """
+
+    x: Tensor
+    beside: list[Tensor]
+    around: tuple[str, ...]
+
+
+def quantises(form: str) -> bool:
+    """Whether a linear form reads its input as int8 codes."""
+    return "quantise" in FORMS[form]["fused"]
+
+
+def _route(
+    x: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (m, k), experts = x.shape, gate.shape[0]
+    rows, probability = x.new_empty(m, dtype=torch.int32), x.new_empty(m)
+    counts = x.new_zeros(experts, dtype=torch.int32)
+    if m:
+        given = (x, gate, gate_bias) if norm is None else (x, gate, gate_bias, norm)
+        kernel = layer_kernel("top1_routing", k, experts, norm is not None)
+        kernel(*given, rows, probability, counts)
+    return rows, probability, counts
+
+
+def _route_fake(
+    x: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    m, int32 = x.shape[0], torch.int32
+    counts = x.new_empty(gate.shape[0], dtype=int32)
+    return x.new_empty(m, dtype=int32), x.new_empty(m), counts
+
+
+def _choices(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Room for each token's expert and its probability."""
+    return x.new_empty(m, dtype=torch.int32), x.new_empty(m)
+
+
+def _in_order(choice: Tensor, chosen: Tensor, experts: int) -> _Route:
+    counts = choice.new_empty(experts)
+    route = _Route(torch.empty_like(choice), torch.empty_like(chosen), counts)
+    layer_kernel("tokens_in_order", experts)(choice, chosen, *route)
+    return route
+
+
+def _quantised(
+    tokens: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
+) -> tuple[_Given, _Route]:
+    (m, k), experts = tokens.shape, len(gate)
+    codes = tokens.new_empty(m, -(-k // DOT_GROUP) * DOT_GROUP, dtype=torch.uint8)
+    scale, (choice, chosen) = tokens.new_empty(m), _choices(tokens, m)
+    beside = () if norm is None else (norm,)
+    kernel = layer_kernel("codes_and_choice", k, experts, norm is not None)
+    kernel(tokens, gate, gate_bias, *beside, codes, scale, choice, chosen)
+    return _Given(codes, [scale], ("codes",)), _in_order(choice, chosen, experts)
+
+
+def _dispatched(route: _Route) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Experts that have tokens: (expert, rows of its tokens, their probabilities)."""
+    start = 0
+    for expert, count in enumerate(route.counts.tolist()):
+        if count:
+            part = slice(start, start + count)
+            yield expert, route.rows[part], route.probability[part]
+        start += count
+
+
+def _one_linear_each(
+    given: _Given,
+    route: _Route,
+    forms: Sequence[str],
+    parts: list[list[Tensor]],
+    sizes: tuple[int, int],
+    added: list[Tensor],
+    out: Tensor,
+) -> None:
+    around = ("gather", "scatter", *given.around, *(("residual",) * len(added)))
+    for expert, index, weight in _dispatched(route):
+        kernel = linear_kernel(forms[expert], *sizes, out.device, around)
+        kernel.launch(given.x, *parts[expert], *given.beside, *added, index, weight, out)
+
+
+def _moe(
+    x: Tensor,
+    norm: Tensor | None,
+    gate: Tensor,
+    gate_bias: Tensor,
+    packed: list[Tensor],
+    lengths: list[int],
+    forms: list[str],
+    sizes: list[int],
+    gelu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """One or two linears an expert: ``sizes`` are k and n of each, in turn; so are the others."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    (m, k), n, experts = tokens.shape, sizes[-1], gate.shape[0]
+    out, depth = tokens.new_empty(m, n), len(forms) // experts
+    if not m:
+        return out.view(*x.shape[:-1], n)
+    if all(quantises(form) for form in forms[::depth]):
+        given, route = _quantised(tokens, norm, gate, gate_bias)
+    else:
+        route = _Route(*_route(tokens, norm, gate, gate_bias))
+        norms = [] if norm is None else [norm]
+        given = _Given(tokens, norms, ("layer_norm",) * len(norms))
+    added = [] if residual is None else [residual.reshape(-1, n).contiguous()]
+    parts = _cut(packed, lengths)
+    if depth == 1:
+        _one_linear_each(given, route, forms, parts, (k, n), added, out)
+        return out.view(*x.shape[:-1], n)
+    before = ("gather", *given.around, *(("gelu",) * gelu))
+    behind = ("scatter", *(("residual",) * len(added)))
+    for expert, index, weight in _dispatched(route):
+        first, second = 2 * expert, 2 * expert + 1
+        hidden = tokens.new_empty(len(index), sizes[1])
+        kernel = linear_kernel(forms[first], k, sizes[1], x.device, before)
+        kernel.launch(given.x, *parts[first], *given.beside, index, hidden)
+        kernel = linear_kernel(forms[second], sizes[1], n, x.device, behind)
+        kernel.launch(hidden, *parts[second], *added, index, weight, out)
+    return out.view(*x.shape[:-1], n)
+
+
+def _cut(packed: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(packed[start : start + length])
+        start += length
+    return parts
+
+
+def _moe_fake(
+    x: Tensor,
+    norm: Tensor | None,
+    gate: Tensor,
+    gate_bias: Tensor,
+    packed: list[Tensor],
+    lengths: list[int],
+    forms: list[str],
+    sizes: list[int],
+    gelu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sizes[-1])
+
+
+def _depthwise_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    packed: list[Tensor],
+    lengths: list[int],
+    forms: list[str],
+    n: int,
+    residual: Tensor | None,
+) -> Tensor:
+    """One linear without a gate, one an expert with it; forms that quantise their input."""
+    images, tokens, channels = x.shape
+    m, experts = images * tokens, 0 if gate is None else len(gate)
+    out = x.new_empty(m, n)
+    if not m:
+        return out.view(*x.shape[:-1], n)
+    grid = x.contiguous().view(images, height, tokens // height, channels)
+    codes, scale = x.new_empty(m, channels, dtype=torch.uint8), x.new_empty(m)
+    router = () if gate is None else (gate, gate_bias)
+    choice, chosen = _choices(x, m)
+    kernel = layer_kernel("depthwise_codes", channels, experts)
+    kernel(grid, weight, bias, *router, codes, scale, *((choice, chosen) if experts else ()))
+    added = [] if residual is None else [residual.reshape(-1, n).contiguous()]
+    if experts:
+        given, route = _Given(codes, [scale], ("codes",)), _in_order(choice, chosen, experts)
+        parts = _cut(packed, lengths)
+        _one_linear_each(given, route, forms, parts, (channels, n), added, out)
+    else:
+        around = ("codes", *(("residual",) * len(added)))
+        linear = linear_kernel(forms[0], channels, n, x.device, around)
+        linear.launch(codes, *packed, scale, *added, out)
+    return out.view(*x.shape[:-1], n)
+
+
+def _depthwise_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    packed: list[Tensor],
+    lengths: list[int],
+    forms: list[str],
+    n: int,
+    residual: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+for _name, _implementation, _fake in (
+    ("route", _route, _route_fake),
+    ("moe", _moe, _moe_fake),
+    ("depthwise_linear", _depthwise_linear, _depthwise_linear_fake),
+):
+    _library.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"shiftadd::{_name}", _fake, lib=_library)
