@@ -40,6 +40,7 @@ class DeployedMoE(Fused):
         experts: All of the same sizes.
 
     Attributes:
+        linears: Of all experts, those of the first one first.
         by_steps: Whether each expert is called as the module that it is, to be looked at.
     """
 
@@ -54,16 +55,15 @@ class DeployedMoE(Fused):
         self.register_buffer("gate_bias", gate_bias)
         self.experts = nn.ModuleDict(experts)
         self.by_steps = False
+        # Walking through the modules at each call takes longer than a small layer's kernels.
+        self.linears = [part for part in self.experts.modules() if isinstance(part, DeployedLinear)]
+        self._forms = [linear.form for linear in self.linears]
+        self._lengths = [len(linear.packed) for linear in self.linears]
 
     @property
     def _experts(self) -> list[DeployedMlp | DeployedLinear]:
         found = self.experts.values()
         return [part for part in found if isinstance(part, DeployedMlp | DeployedLinear)]
-
-    @property
-    def linears(self) -> list[DeployedLinear]:
-        """Of all experts, those of the first one first."""
-        return [part for part in self.experts.modules() if isinstance(part, DeployedLinear)]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(..., k)`` to ``(..., n)``."""
@@ -77,8 +77,8 @@ class DeployedMoE(Fused):
             self.gate,
             self.gate_bias,
             [tensor for linear in linears for tensor in linear.packed],
-            [len(linear.packed) for linear in linears],
-            [linear.form for linear in linears],
+            self._lengths,
+            self._forms,
             [own[0].in_features, *(linear.out_features for linear in own)],
             own[0].activated,
             residual,

@@ -2,6 +2,7 @@
 
 python -m reparam.evaluate --model deit_tiny_patch16_224 --versus-torch
 python -m reparam.evaluate --model pvt_v2_b0 --versus-torch --batch 1,8 --share 0,50,100
+python -m reparam.evaluate --model deit_tiny_patch16_224 --dispatch --batch 1
 python -m reparam.evaluate --scaling
 python -m reparam.evaluate --predicted-versus-measured --table runs/models/latency_table.json \
     --out runs/models
@@ -36,8 +37,10 @@ from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
 from profiler.samples import PRESETS, TimingSettings
 from profiler.store import Measurement, create_store
+from reparam import dispatch_cost
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
+from reparam.dispatch_cost import dispatch_costs
 from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
 from reparam.scaling import measure_scaling
@@ -71,6 +74,9 @@ def main(
     versus_torch: Annotated[
         bool, typer.Option("--versus-torch", help="Whole models against PyTorch's best.")
     ] = False,
+    dispatch: Annotated[
+        bool, typer.Option("--dispatch", help="MoE layers beside their experts alone.")
+    ] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Attention from 64 to 16k tokens, add and softmax.")
     ] = False,
@@ -98,9 +104,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/evaluate"),
 ) -> None:
     """Reads top to bottom as the story of an evaluation."""
-    if not (versus_torch or scaling or predicted_versus_measured):
+    if not (versus_torch or dispatch or scaling or predicted_versus_measured):
         raise BadInput(
-            "nothing to do: give --versus-torch, --scaling or --predicted-versus-measured"
+            "nothing to do: give --versus-torch, --dispatch, --scaling or"
+            " --predicted-versus-measured"
         )
     if preset not in PRESETS:
         raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
@@ -125,6 +132,13 @@ def main(
             comparisons.append(compare(model, original, ours, example, PRESETS[preset]))
             console.print(_ratios(comparisons[-1]))
         VersusTorch(**header, comparisons=comparisons).save(folder / "versus_torch.json")
+    if dispatch:
+        original, deployed_at = prepared(model)
+        for images in batches:
+            case = Case(model, original, deployed_at(0.5), _example(original, images))
+            console.print(f"{model}, batch {images}: measuring, in turns")
+            costs = list(dispatch_costs(case, 0.5, PRESETS[preset]))
+            console.print(dispatch_cost.table_of(model, images, costs))
     if scaling:
         console.print("growth of attention with its tokens: measuring, in turns")
         rows = measure_scaling(PRESETS[preset])

@@ -10,7 +10,9 @@ from cost_models.layer_models import predict_left_out
 from cost_models.work import Work
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
-from reparam.predicted_measured import SHARES, Case, measured_rows, table_of
+from reparam.dispatch_cost import _experts_alone, dispatch_costs
+from reparam.dispatch_cost import table_of as printed
+from reparam.predicted_measured import SHARES, Case, measured_rows, moe_sizes, table_of
 
 
 def case(name, depth):
@@ -58,3 +60,27 @@ def test_each_model_is_predicted_from_the_other_and_printed(rows, table):
     models, layers = table_of(predicted, skipped)
     assert models.row_count == sum(one.row.kind == "model" for one in predicted)
     assert layers.row_count == len({one.model for one in predicted if one.row.kind == "layer"})
+
+
+def test_experts_alone_compute_what_they_are():
+    _, layer, args, kwargs = next(moe_sizes(case("small", 1)))
+    counts, launches = _experts_alone(layer, *args, **kwargs)
+    assert sum(counts) == 2 * 10 and len(launches) == 2 * sum(count > 0 for count in counts)
+    for launch in launches:
+        launch()
+    x, residual = args[0].flatten(0, 1), kwargs["residual"].flatten(0, 1)
+    ends = [launch.args[-1] for launch in launches[1::2]]
+    for expert, part, added, out in zip(
+        [e for e, count in zip(layer.experts.values(), counts) if count],
+        x.split([count for count in counts if count]),
+        residual.split([count for count in counts if count]),
+        ends,
+    ):
+        torch.testing.assert_close(out, expert(part) + added, rtol=1e-5, atol=1e-5)
+
+
+def test_what_dispatching_costs_is_measured_for_each_size():
+    (cost,) = dispatch_costs(case("small", 1), 0.5, BRIEF)
+    assert sum(cost.tokens.values()) == 2 * 10 and abs(cost.tokens["shift"] - 10) <= 1
+    assert cost.ratio is None or cost.ratio.value > 0.5
+    assert printed("small", 2, [cost]).row_count == 1

@@ -1,0 +1,132 @@
+"""What dispatching costs: a mixture of experts beside its experts alone, in turns.
+
+The experts get as many tokens as the router sends them, but side by side in memory, and their
+kernels are launched one by one on outputs that are there already. What the layer takes beyond that
+is routing, reading and writing tokens where they lie, and the operator itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from kernels.torch_ops import linear_kernel
+from profiler.samples import TimingSettings
+from profiler.timing import measure_interleaved
+from reparam.deployed import DeployedLinear
+from reparam.deployed_mlps import DeployedMoE
+from reparam.predicted_measured import Case, moe_sizes
+from reparam.results import Interval
+from reparam.versus_torch import force_share_
+
+
+@dataclass(frozen=True)
+class DispatchCost:
+    """One size of layer.
+
+    Attributes:
+        layer: The first of its size.
+        tokens: By expert.
+        layer_ms, experts_ms: With everything, and of the experts' kernels alone; None if the
+            machine was too busy.
+        ratio: Of the two; less 1, the overhead of dispatching.
+    """
+
+    layer: str
+    tokens: dict[str, int]
+    layer_ms: Interval | None
+    experts_ms: Interval | None
+    ratio: Interval | None
+
+
+@torch.no_grad()
+def dispatch_costs(case: Case, share: float, settings: TimingSettings) -> Iterator[DispatchCost]:
+    """Times each size of MoE layer in a deployed model.
+
+    Args:
+        case: The model and its example.
+        share: Of the tokens that the last expert gets, 0 to 1.
+        settings: How precisely.
+    """
+    for fqn, found, args, kwargs in moe_sizes(case):
+        layer = copy.deepcopy(found)
+        force_share_(layer, share, *args, **kwargs)
+        counts, launches = _experts_alone(layer, *args, **kwargs)
+
+        def alone(launches: list[Callable[[], None]] = launches) -> None:
+            for launch in launches:
+                launch()
+
+        whole = partial(layer, *args, **kwargs)
+        timings = measure_interleaved({"layer": whole, "experts": alone}, settings)
+        yield DispatchCost(
+            layer=fqn,
+            tokens=dict(zip(layer.experts, counts)),
+            layer_ms=Interval.of_latency(timings["layer"]),
+            experts_ms=Interval.of_latency(timings["experts"]),
+            ratio=Interval.of_ratio(timings["layer"], timings["experts"]),
+        )
+
+
+def _experts_alone(
+    layer: DeployedMoE, x: Tensor, residual: Tensor | None = None
+) -> tuple[list[int], list[Callable[[], None]]]:
+    """Tokens of each expert, and what launches its kernels on as many."""
+    tokens = x.reshape(-1, x.shape[-1])
+    route = torch.ops.shiftadd.route(tokens, layer.norm, layer.gate, layer.gate_bias)
+    counts = route[2].tolist()
+    added = [None] * len(counts)
+    if residual is not None:
+        added = residual.reshape(len(tokens), -1).split(counts)
+    depth, launches = len(layer.linears) // len(counts), []
+    for expert, (part, last) in enumerate(zip(tokens.split(counts), added)):
+        given = part.contiguous()
+        for step in range(depth) if len(given) else ():
+            linear = layer.linears[expert * depth + step]
+            launch, given = _launch(linear, given, last if step == depth - 1 else None)
+            launches.append(launch)
+    return counts, launches
+
+
+def _launch(
+    linear: DeployedLinear, x: Tensor, residual: Tensor | None
+) -> tuple[Callable[[], None], Tensor]:
+    fused: Mapping[str, Any] = {"layer_norm": linear.norm, "residual": residual}
+    beside = {name: tensor for name, tensor in fused.items() if tensor is not None}
+    around = (*beside, *(("gelu",) * linear.activated))
+    kernel = linear_kernel(linear.form, linear.in_features, linear.out_features, x.device, around)
+    out = x.new_empty(len(x), linear.out_features)
+    return partial(kernel.launch, x, *linear.packed, *beside.values(), out), out
+
+
+def table_of(model: str, batch: int, costs: list[DispatchCost]) -> Table:
+    """For people."""
+    table = Table(
+        title=f"{model}, batch {batch}: mixtures of experts beside their experts alone",
+        caption="the experts' kernels on as many tokens side by side; intervals 95 %",
+    )
+    for heading in ("layer", "tokens", "layer ms", "experts ms", "dispatching takes"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for cost in costs:
+        times = (cost.layer_ms, cost.experts_ms)
+        table.add_row(
+            cost.layer,
+            " + ".join(str(number) for number in cost.tokens.values()),
+            *("–" if time is None else f"{time.value:.3f}" for time in times),
+            _overhead(cost.ratio),
+        )
+    return table
+
+
+def _overhead(ratio: Interval | None) -> str:
+    if ratio is None:
+        return "the machine was too busy"
+    low, value, high = (100 * (part - 1) for part in (ratio.low, ratio.value, ratio.high))
+    return f"{value:+.0f} % ({low:+.0f} … {high:+.0f})"
