@@ -12,6 +12,7 @@ Where all experts quantise what they read it is done once, by the kernel that ch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ class _Given(NamedTuple):
     around: tuple[str, ...]
 
 
+@functools.cache
 def quantises(form: str) -> bool:
     """Whether a linear form reads its input as int8 codes."""
     return "quantise" in FORMS[form]["fused"]
@@ -101,7 +103,7 @@ def _in_order(choice: Tensor, chosen: Tensor, experts: int) -> _Route:
 def _quantised(
     tokens: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
 ) -> tuple[_Given, _Route]:
-    (m, k), experts = tokens.shape, len(gate)
+    (m, k), experts = tokens.shape, gate.shape[0]
     codes = tokens.new_empty(m, -(-k // DOT_GROUP) * DOT_GROUP, dtype=torch.uint8)
     scale, (choice, chosen) = tokens.new_empty(m), _choices(tokens, m)
     beside = () if norm is None else (norm,)
@@ -214,7 +216,7 @@ def _depthwise_linear(
 ) -> Tensor:
     """One linear without a gate, one an expert with it; forms that quantise their input."""
     images, tokens, channels = x.shape
-    m, experts = images * tokens, 0 if gate is None else len(gate)
+    m, experts = images * tokens, 0 if gate is None else gate.shape[0]
     out = x.new_empty(m, n)
     if not m:
         return out.view(*x.shape[:-1], n)

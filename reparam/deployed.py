@@ -84,12 +84,15 @@ class DeployedLinear(Fused):
     @property
     def packed(self) -> list[Tensor]:
         """The weights as the kernel takes them."""
-        return [getattr(self, name) for name in self._names]
+        # Where nn.Module keeps them: its own way there takes as long as a small kernel's launch.
+        buffers = self._buffers
+        return [buffers[name] for name in self._names]  # type: ignore[misc]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """One kernel: layer norm, quantisation, product, scale, bias, GELU, residual."""
+        norm = self._buffers["norm"]
         return torch.ops.shiftadd.linear(
-            x, self.packed, self.form, self.out_features, self.norm, self.activated, residual
+            x, self.packed, self.form, self.out_features, norm, self.activated, residual
         )
 
     def extra_repr(self) -> str:

@@ -57,6 +57,7 @@ class DeployedMoE(Fused):
         self.by_steps = False
         # Walking through the modules at each call takes longer than a small layer's kernels.
         self.linears = [part for part in self.experts.modules() if isinstance(part, DeployedLinear)]
+        self._number = len(self.experts)
         self._forms = [linear.form for linear in self.linears]
         self._lengths = [len(linear.packed) for linear in self.linears]
 
@@ -69,13 +70,13 @@ class DeployedMoE(Fused):
         """``(..., k)`` to ``(..., n)``."""
         if self.by_steps:
             return self._by_steps(x, residual)
-        linears = self.linears
-        own = linears[: len(linears) // len(self.experts)]
+        linears, buffers = self.linears, self._buffers
+        own = linears[: len(linears) // self._number]
         return torch.ops.shiftadd.moe(
             x,
-            self.norm,
-            self.gate,
-            self.gate_bias,
+            buffers["norm"],
+            buffers["gate"],
+            buffers["gate_bias"],
             [tensor for linear in linears for tensor in linear.packed],
             self._lengths,
             self._forms,
