@@ -142,9 +142,14 @@ def choose(
         higher = logits[expert] > top[0]
         T.buffer_store(best, tirx.Select(higher, tirx.const(expert, "int32"), best[0]), [0])
         T.buffer_store(top, tirx.max(top[0], logits[expert]), [0])
-    T.buffer_store(total, T.float32(0), [0])
-    for expert in range(experts):
-        T.buffer_store(total, total[0] + tirx.exp(logits[expert] - top[0]), [0])
+    if experts == 2:
+        # exp(0) of the chosen one needs no call.
+        least = tirx.min(logits[0], logits[1])
+        T.buffer_store(total, T.float32(1) + tirx.exp(least - top[0]), [0])
+    else:
+        T.buffer_store(total, T.float32(0), [0])
+        for expert in range(experts):
+            T.buffer_store(total, total[0] + tirx.exp(logits[expert] - top[0]), [0])
     T.buffer_store(choice, best[0], [token])
     T.buffer_store(chosen, T.float32(1) / total[0], [token])
 
