@@ -71,13 +71,13 @@ def _route(
     x: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     (m, k), experts = x.shape, gate.shape[0]
-    rows, probability = x.new_empty(m, dtype=torch.int32), x.new_empty(m)
-    counts = x.new_zeros(experts, dtype=torch.int32)
+    route = _room(x, m, experts)
     if m:
         given = (x, gate, gate_bias) if norm is None else (x, gate, gate_bias, norm)
-        kernel = layer_kernel("top1_routing", k, experts, norm is not None)
-        kernel(*given, rows, probability, counts)
-    return rows, probability, counts
+        layer_kernel("top1_routing", k, experts, norm is not None)(*given, *route)
+    else:
+        route.counts.zero_()
+    return route.rows, route.probability, route.counts
 
 
 def _route_fake(
@@ -88,16 +88,10 @@ def _route_fake(
     return x.new_empty(m, dtype=int32), x.new_empty(m), counts
 
 
-def _choices(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Room for each token's expert and its probability."""
-    return x.new_empty(m, dtype=torch.int32), x.new_empty(m)
-
-
-def _in_order(choice: Tensor, chosen: Tensor, experts: int) -> _Route:
-    counts = choice.new_empty(experts)
-    route = _Route(torch.empty_like(choice), torch.empty_like(chosen), counts)
-    layer_kernel("tokens_in_order", experts)(choice, chosen, *route)
-    return route
+def _room(x: Tensor, m: int, experts: int) -> _Route:
+    int32 = torch.int32
+    rows, counts = x.new_empty(m, dtype=int32), x.new_empty(experts, dtype=int32)
+    return _Route(rows, x.new_empty(m), counts)
 
 
 def _quantised(
@@ -105,11 +99,11 @@ def _quantised(
 ) -> tuple[_Given, _Route]:
     (m, k), experts = tokens.shape, gate.shape[0]
     codes = tokens.new_empty(m, -(-k // DOT_GROUP) * DOT_GROUP, dtype=torch.uint8)
-    scale, (choice, chosen) = tokens.new_empty(m), _choices(tokens, m)
+    scale, route = tokens.new_empty(m), _room(tokens, m, experts)
     beside = () if norm is None else (norm,)
-    kernel = layer_kernel("codes_and_choice", k, experts, norm is not None)
-    kernel(tokens, gate, gate_bias, *beside, codes, scale, choice, chosen)
-    return _Given(codes, [scale], ("codes",)), _in_order(choice, chosen, experts)
+    kernel = layer_kernel("routing_codes", k, experts, norm is not None)
+    kernel(tokens, gate, gate_bias, *beside, codes, scale, *route)
+    return _Given(codes, [scale], ("codes",)), route
 
 
 def _dispatched(route: _Route) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -223,12 +217,12 @@ def _depthwise_linear(
     grid = x.contiguous().view(images, height, tokens // height, channels)
     codes, scale = x.new_empty(m, channels, dtype=torch.uint8), x.new_empty(m)
     router = () if gate is None else (gate, gate_bias)
-    choice, chosen = _choices(x, m)
+    route = _room(x, m, experts) if experts else None
     kernel = layer_kernel("depthwise_codes", channels, experts)
-    kernel(grid, weight, bias, *router, codes, scale, *((choice, chosen) if experts else ()))
+    kernel(grid, weight, bias, *router, codes, scale, *(route or ()))
     added = [] if residual is None else [residual.reshape(-1, n).contiguous()]
-    if experts:
-        given, route = _Given(codes, [scale], ("codes",)), _in_order(choice, chosen, experts)
+    if route is not None:
+        given = _Given(codes, [scale], ("codes",))
         parts = _cut(packed, lengths)
         _one_linear_each(given, route, forms, parts, (channels, n), added, out)
     else:

@@ -12,17 +12,16 @@ from kernels.lowerings.angular import angular_attention
 from kernels.lowerings.depthwise import depthwise_codes, depthwise_gelu
 from kernels.lowerings.layer_norm import layer_norm
 from kernels.lowerings.patches import patches
-from kernels.lowerings.routing import codes_and_choice, tokens_in_order, top1_routing
+from kernels.lowerings.routing import routing_codes, top1_routing
 from kernels.targets import cpu_target
 
 LAYER_KERNELS: dict[str, Callable[..., tirx.PrimFunc]] = {
     "angular_attention": angular_attention,
-    "codes_and_choice": codes_and_choice,
     "depthwise_codes": depthwise_codes,
     "depthwise_gelu": depthwise_gelu,
     "layer_norm": layer_norm,
     "patches": patches,
-    "tokens_in_order": tokens_in_order,
+    "routing_codes": routing_codes,
     "top1_routing": top1_routing,
 }
 

@@ -22,7 +22,7 @@ from kernels.lowerings.emit import (
     prefetch,
     program,
 )
-from kernels.lowerings.routing import choose
+from kernels.lowerings.routing import Order, choose
 from kernels.targets import KernelTarget
 
 SIDE = 3
@@ -63,13 +63,13 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
 def depthwise_codes(channels: int, experts: int, target: KernelTarget) -> tirx.PrimFunc:
     """The same with a GELU, as a linear reads it that quantises its input, and as its router does.
 
-    ``main(x, weight, bias, [gate, gate_bias,] codes, scale, [choice, chosen])``. What the
-    convolution makes of a token stays in the first cache and is written as codes alone.
+    ``main(x, weight, bias, [gate, gate_bias,] codes, scale, [rows, probability, counts])``. What
+    the convolution makes of a token stays in the first cache and is written as codes alone.
 
     Shapes: x, weight and bias as for ``depthwise_gelu``; gate ``(experts, channels)``, gate_bias
     ``(experts,)``; uint8 codes ``(tokens, channels)`` and fp32 scale ``(tokens,)`` of
-    ``kernels.lowerings.activations.quantise_row``; int32 choice and fp32 chosen ``(tokens,)`` of
-    ``kernels.lowerings.routing.choose``.
+    ``kernels.lowerings.activations.quantise_row``; the rest as for
+    ``kernels.lowerings.routing.top1_routing``.
 
     Args:
         channels: A multiple of 16.
@@ -80,15 +80,14 @@ def depthwise_codes(channels: int, experts: int, target: KernelTarget) -> tirx.P
     def body() -> None:
         grid, tokens = tuple(T.int32() for _ in range(3)), T.int32()
         x, weight, bias = _arguments(grid, channels)
-        gate = gate_bias = choice = chosen = None
+        gate = gate_bias = order = None
         if experts:
             gate = argument("gate", (experts, channels), "float32")
             gate_bias = argument("gate_bias", (experts,), "float32")
         codes = argument("codes", (tokens, channels), "uint8")
         scale = argument("scale", (tokens,), "float32")
         if experts:
-            choice = argument("choice", (tokens,), "int32")
-            chosen = argument("chosen", (tokens,), "float32")
+            order = Order(tokens, experts)
         _, height, width = grid
 
         def block(image: Any, line: Any, first: Any, columns: int) -> None:
@@ -101,11 +100,13 @@ def depthwise_codes(channels: int, experts: int, target: KernelTarget) -> tirx.P
             _convolved(x, weight, bias, grid, place, True, store)
             with T.serial(0, columns) as column:
                 token = (image * height + line) * width + first + column
-                if experts:
-                    choose(done, column, channels, gate, gate_bias, experts, token, choice, chosen)
+                if order is not None:
+                    choose(done, column, channels, gate, gate_bias, order, token)
                 quantise_row(done, column, channels, codes, token, scale)
 
         _each_block(grid, block)
+        if order is not None:
+            order.finish()
 
     return program(body)
 

@@ -30,35 +30,23 @@ def top1_routing(k: int, experts: int, layer_norm: bool, target: KernelTarget) -
 
     def body() -> None:
         m = T.int32()
-        x = argument("x", (m, k), "float32")
-        gate = argument("gate", (experts, k), "float32")
-        bias = argument("bias", (experts,), "float32")
-        norm = argument("norm", (2 * k + 1,), "float32") if layer_norm else None
-        rows = argument("rows", (m,), "int32")
-        probability = argument("probability", (m,), "float32")
-        counts = argument("counts", (experts,), "int32")
-        choice = T.alloc_buffer((m,), "int32", scope="global")
-        chosen = T.alloc_buffer((m,), "float32", scope="global")
-
+        x, gate, bias, norm = _given(m, k, experts, layer_norm)
+        order = Order(m, experts)
         with T.parallel(0, m) as token:
-            source, row = x, token
-            if norm is not None:
-                source, row = normalise_row(x, token, k, norm), tirx.const(0, "int32")
-            choose(source, row, k, gate, bias, experts, token, choice, chosen)
-
-        _in_order(m, experts, choice, chosen, rows, probability, counts)
+            source, row = _normalised(x, token, k, norm)
+            choose(source, row, k, gate, bias, order, token)
+        order.finish()
 
     return program(body)
 
 
-def codes_and_choice(k: int, experts: int, layer_norm: bool, target: KernelTarget) -> tirx.PrimFunc:
-    """``main(x, gate, bias, [norm,] codes, scale, choice, chosen)``: for experts that quantise.
+def routing_codes(k: int, experts: int, layer_norm: bool, target: KernelTarget) -> tirx.PrimFunc:
+    """``main(x, gate, bias, [norm,] codes, scale, rows, probability, counts)``: quantises as well.
 
     A token is normalised and quantised once, whichever expert it goes to.
 
-    Shapes: x, gate, bias and norm as for ``top1_routing``; uint8 codes ``(m, padded)`` with k
-    padded to whole groups, and fp32 scale ``(m,)``, of
-    ``kernels.lowerings.activations.quantise_row``; choice and chosen ``(m,)`` as for ``choose``.
+    Shapes: as for ``top1_routing``; uint8 codes ``(m, padded)`` with k padded to whole groups, and
+    fp32 scale ``(m,)``, of ``kernels.lowerings.activations.quantise_row``.
 
     Args:
         k: Features of a token.
@@ -69,69 +57,83 @@ def codes_and_choice(k: int, experts: int, layer_norm: bool, target: KernelTarge
 
     def body() -> None:
         m = T.int32()
-        x = argument("x", (m, k), "float32")
-        gate = argument("gate", (experts, k), "float32")
-        bias = argument("bias", (experts,), "float32")
-        norm = argument("norm", (2 * k + 1,), "float32") if layer_norm else None
+        x, gate, bias, norm = _given(m, k, experts, layer_norm)
         codes = argument("codes", (m, -(-k // DOT_GROUP) * DOT_GROUP), "uint8")
         scale = argument("scale", (m,), "float32")
-        choice = argument("choice", (m,), "int32")
-        chosen = argument("chosen", (m,), "float32")
+        order = Order(m, experts)
         with T.parallel(0, m) as token:
-            source, row = x, token
-            if norm is not None:
-                source, row = normalise_row(x, token, k, norm), tirx.const(0, "int32")
-            choose(source, row, k, gate, bias, experts, token, choice, chosen)
+            source, row = _normalised(x, token, k, norm)
+            choose(source, row, k, gate, bias, order, token)
             quantise_row(source, row, k, codes, token, scale)
+        order.finish()
 
     return program(body)
 
 
-def tokens_in_order(experts: int, target: KernelTarget) -> tirx.PrimFunc:
-    """``main(choice, chosen, rows, probability, counts)``: the rest, where others have chosen.
+def _given(m: Any, k: int, experts: int, layer_norm: bool) -> tuple[Any, Any, Any, Any]:
+    return (
+        argument("x", (m, k), "float32"),
+        argument("gate", (experts, k), "float32"),
+        argument("bias", (experts,), "float32"),
+        argument("norm", (2 * k + 1,), "float32") if layer_norm else None,
+    )
 
-    Shapes: int32 choice and fp32 chosen ``(m,)`` as ``choose`` writes them, the others as for
-    ``top1_routing``.
+
+def _normalised(x: Any, token: Any, k: int, norm: Any) -> tuple[Any, Any]:
+    if norm is None:
+        return x, token
+    return normalise_row(x, token, k, norm), tirx.const(0, "int32")
+
+
+class Order:
+    """The tokens in the order of their experts: the last arguments of a kernel that routes.
 
     Args:
+        m: Tokens.
         experts: At least 2.
-        target: The CPU.
     """
 
-    def body() -> None:
-        m = T.int32()
-        choice, chosen = argument("choice", (m,), "int32"), argument("chosen", (m,), "float32")
-        rows = argument("rows", (m,), "int32")
-        probability = argument("probability", (m,), "float32")
-        counts = argument("counts", (experts,), "int32")
-        _in_order(m, experts, choice, chosen, rows, probability, counts)
+    def __init__(self, m: Any, experts: int) -> None:
+        self.m, self.experts = m, experts
+        self.rows = argument("rows", (m,), "int32")
+        self.probability = argument("probability", (m,), "float32")
+        self.counts = argument("counts", (experts,), "int32")
+        self.choice = T.alloc_buffer((m,), "int32", scope="global")
+        self.chosen = T.alloc_buffer((m,), "float32", scope="global")
 
-    return program(body)
+    def finish(self) -> None:
+        """Emits a counting sort, which keeps the order of each expert's tokens."""
+        after = local(self.experts, "int32")
+        for expert in range(self.experts):
+            T.buffer_store(after, tirx.const(0, "int32"), [expert])
+        with T.serial(0, self.m) as token:
+            choice = self.choice[token]
+            T.buffer_store(after, after[choice] + 1, [choice])
+        start = local(1, "int32")
+        T.buffer_store(start, tirx.const(0, "int32"), [0])
+        for expert in range(self.experts):
+            T.buffer_store(self.counts, after[expert], [expert])
+            T.buffer_store(after, start[0], [expert])
+            T.buffer_store(start, start[0] + self.counts[expert], [0])
+        with T.serial(0, self.m) as token:
+            place = after[self.choice[token]]
+            T.buffer_store(self.rows, token, [place])
+            T.buffer_store(self.probability, self.chosen[token], [place])
+            T.buffer_store(after, place + 1, [self.choice[token]])
 
 
-def choose(
-    x: Any,
-    row: Any,
-    k: int,
-    gate: Any,
-    bias: Any,
-    experts: int,
-    token: Any,
-    choice: Any,
-    chosen: Any,
-) -> None:
-    """Emits the choice of one token into ``choice[token]``, its probability into ``chosen``.
+def choose(x: Any, row: Any, k: int, gate: Any, bias: Any, order: Order, token: Any) -> None:
+    """Emits the choice of one token.
 
     Args:
         x: fp32 ``(rows, k)``.
         row: Of x.
         k: Features.
         gate, bias: Of ``top1_routing``.
-        experts: At least 2.
-        token: Where to write.
-        choice: int32 ``(m,)``.
-        chosen: fp32 ``(m,)``.
+        order: Takes the choice and its probability.
+        token: Which one it is.
     """
+    experts = order.experts
     whole, logits = k // LANES * LANES, local(experts)
     for expert in range(experts):
         _logit(x, row, gate, bias, expert, whole, k, logits)
@@ -150,8 +152,8 @@ def choose(
         T.buffer_store(total, T.float32(0), [0])
         for expert in range(experts):
             T.buffer_store(total, total[0] + tirx.exp(logits[expert] - top[0]), [0])
-    T.buffer_store(choice, best[0], [token])
-    T.buffer_store(chosen, T.float32(1) / total[0], [token])
+    T.buffer_store(order.choice, best[0], [token])
+    T.buffer_store(order.chosen, T.float32(1) / total[0], [token])
 
 
 def _logit(
@@ -166,25 +168,3 @@ def _logit(
     T.buffer_store(logits, bias[expert] + lanes_total(sums, LANES), [expert])
     for offset in range(whole, k):
         T.buffer_store(logits, logits[expert] + x[row, offset] * gate[expert, offset], [expert])
-
-
-def _in_order(
-    m: Any, experts: int, choice: Any, chosen: Any, rows: Any, probability: Any, counts: Any
-) -> None:
-    """A counting sort, which keeps the order of each expert's tokens."""
-    after = local(experts, "int32")
-    for expert in range(experts):
-        T.buffer_store(after, tirx.const(0, "int32"), [expert])
-    with T.serial(0, m) as token:
-        T.buffer_store(after, after[choice[token]] + 1, [choice[token]])
-    start = local(1, "int32")
-    T.buffer_store(start, tirx.const(0, "int32"), [0])
-    for expert in range(experts):
-        T.buffer_store(counts, after[expert], [expert])
-        T.buffer_store(after, start[0], [expert])
-        T.buffer_store(start, start[0] + counts[expert], [0])
-    with T.serial(0, m) as token:
-        place = after[choice[token]]
-        T.buffer_store(rows, token, [place])
-        T.buffer_store(probability, chosen[token], [place])
-        T.buffer_store(after, place + 1, [choice[token]])
