@@ -180,7 +180,7 @@ def _verdict(decisions: tuple[Decision, ...]) -> tuple[Verdict, str]:
         for verdict in ("pays", "does not pay", "unknown")
     }
     if not decisions:
-        return "does not pay", "convert none: no rule covers any layer"
+        return "unknown", "no layer of this model was recognised: no rule covers any"
     split = ", ".join(f"{verdict}: {number}" for verdict, number in counted.items() if number)
     if counted["pays"]:
         return "pays", f"convert {counted['pays']} of {len(decisions)} layers ({split})"

@@ -2,7 +2,7 @@
 
 python -m cost_models.advise --model pvt_v2_b0 --table runs/quick-cpu/latency_table.json
 python -m cost_models.advise --model deit_tiny_patch16_224        a shipped table of this machine
-python -m cost_models.advise --model pvt_v2_b0 --table h200 --json
+python -m cost_models.advise --model pvt_v2_b0 --table runs/gpu/latency_table.json --json
 
 Nothing is trained or measured. A layer pays where its whole interval lies below that of the
 strongest baseline in the table. An answer exits with 0 whatever it says; with --gate, 1 says that
@@ -160,7 +160,7 @@ def commands(model: str, batch: int, device: str = "") -> tuple[str, ...]:
         f"python -m profiler.sweep --model {model} --batch {batch}{device}",
         f"python -m cost_models.fit --store {run_folder}/measurements.sqlite",
         f"python -m cost_models.advise --model {model} --batch {batch} "
-        f"--table {run_folder}/latency_table.json",
+        f"--table {run_folder}/latency_table.json --out {run_folder}",
     )
 
 

@@ -101,8 +101,15 @@ def _named_in(node: Any, definitions: dict[str, Any]) -> list[str]:
 
 
 @app.command()
-def show(table: Name) -> None:
+def show(
+    table: Annotated[
+        str | None, typer.Argument(help="As above; without one, those that ship are listed.")
+    ] = None,
+) -> None:
     """Says whose table it is and what it knows."""
+    if table is None:
+        print("\n".join(shipped_tables()))
+        return
     found = LatencyTable.load(table)
     console = Console()
     lines = (

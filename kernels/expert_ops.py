@@ -12,14 +12,13 @@ Where all experts quantise what they read it is done once, by the kernel that ch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.forms import FORMS
+from kernels.forms import quantises
 from kernels.layer_kernels import layer_kernel
 from kernels.packing import DOT_GROUP
 from kernels.torch_ops import linear_kernel
@@ -59,12 +58,6 @@ class _Given(NamedTuple):
     x: Tensor
     beside: list[Tensor]
     around: tuple[str, ...]
-
-
-@functools.cache
-def quantises(form: str) -> bool:
-    """Whether a linear form reads its input as int8 codes."""
-    return "quantise" in FORMS[form]["fused"]
 
 
 def _route(

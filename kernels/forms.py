@@ -93,5 +93,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "add_attention_01_bf16": {**_ADD, **_BOTH, **_BF16, "alphabet": "01"},
 }
 
-# What may be fused around any linear form without making another form of it.
+# What may be fused around a linear form without making another form of it; codes only where the
+# form quantises.
 AROUND = ("layer_norm", "gelu", "residual", "gather", "scatter", "codes")
+
+
+def quantises(form: str) -> bool:
+    """Whether a linear form reads its input as int8 codes."""
+    return "quantise" in FORMS[form]["fused"]

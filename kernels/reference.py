@@ -253,7 +253,10 @@ def _cut(operands: Operands, rows: Tensor | None) -> Operands:
     values = None if operands.values is None else operands.values[rows]
     keys = None if operands.keys is None else operands.keys[rows]
     residual = None if operands.residual is None else operands.residual[rows]
-    return replace(operands, x=operands.x[rows], values=values, keys=keys, residual=residual)
+    x_scale = None if operands.x_scale is None else operands.x_scale[rows]
+    return replace(
+        operands, x=operands.x[rows], values=values, keys=keys, residual=residual, x_scale=x_scale
+    )
 
 
 def checker(workload: Workload, operands: Operands) -> Callable[[Tensor], tuple[float, bool]]:
@@ -288,8 +291,11 @@ def relative_error(workload: Workload, operands: Operands, out: Tensor) -> float
 
     Returns:
         Root mean square of the difference from ``x Wᵀ + bias`` with the weight before it was
-        written in the alphabet, over that of the product; None for attention products.
+        written in the alphabet, over that of the product; None for attention products, and of
+        codes that a neighbour made.
     """
+    if operands.x_scale is not None:
+        return None
     rows = _sample(workload, operands)
     operands, out = _cut(operands, rows), out if rows is None else out[rows]
     if operands.weight is None or operands.parameters is None or out.numel() == 0:

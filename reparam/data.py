@@ -269,7 +269,7 @@ def _sources(path: Path) -> dict[str, Path]:
     if not (path / "train").is_dir():
         return dict.fromkeys(SPLITS, path)
     if not (path / "val").is_dir():
-        raise BadInput(f"--data {path}: has train/ but no val/")
+        return dict.fromkeys(SPLITS, path / "train")
     if (path / "test").is_dir():
         return {split: path / name for split, name in zip(SPLITS, ("train", "val", "test"))}
     return {"train": path / "train", "validation": path / "train", "test": path / "val"}

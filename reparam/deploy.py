@@ -37,8 +37,9 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     """A copy of a trained model for inference, its converted layers on TVM kernels.
 
     A plain linear inside a converted layer (around an add attention that stage 2 has not reached)
-    runs on our fp32 mult kernel, so that a converted layer holds no product of torch's. So does a
-    convolution that makes tokens of patches, with ``fuse``; other layers stay torch's.
+    runs on our fp32 mult kernel, so that a converted layer holds no product of torch's. With
+    ``fuse`` a convolution that makes tokens of patches does so too, and layer norms of tokens are
+    ours; other layers stay torch's.
 
     Args:
         model: As ``reparameterize_`` and training left it; not changed.

@@ -127,6 +127,12 @@ class DeployedLinear(Fused):
 class DeployedLayerNorm(Fused):
     """A layer norm that no kernel behind it does: of a stage, or in front of a sum."""
 
+    @property
+    def weight(self) -> Tensor:
+        """As a layer norm has it, for models that look at it."""
+        assert self.norm is not None
+        return self.norm[: len(self.norm) // 2]
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., k)`` to the same."""
         return torch.ops.shiftadd.layer_norm(x, self.norm)

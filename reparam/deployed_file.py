@@ -36,6 +36,8 @@ from reparam.deployed_mlps import (
     DeployedMoE,
 )
 
+# What only fusing makes.
+_FUSED = (torch.fx.GraphModule, DeployedLayerNorm)
 _FORMAT, _VERSION = "shiftadd-deployed", 2
 
 
@@ -60,7 +62,7 @@ def save_deployed(model: nn.Module, path: str | Path, create: dict[str, Any]) ->
         "format": _FORMAT,
         "version": _VERSION,
         "create": create,
-        "fused": any(isinstance(module, torch.fx.GraphModule) for module in model.modules()),
+        "fused": any(isinstance(module, _FUSED) for module in model.modules()),
         "modules": modules,
     }
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kernels.expert_ops import quantises
+from kernels.forms import quantises
 from reparam.by_images import by_images
 from reparam.deployed import DeployedLinear, Fused
 

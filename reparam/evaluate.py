@@ -7,10 +7,11 @@ python -m reparam.evaluate --scaling
 python -m reparam.evaluate --predicted-versus-measured --table runs/models/latency_table.json \
     --out runs/models
 
-A model is converted as the shipped recipes do (add attention, int8 shifts around it, a mixture of
-int8 mult and shift experts) and deployed; its weights do not matter for its latency, the share of
-tokens on shift does, and is set. Results go to versus_torch.json, scaling.json and, as rows of
-layers and models that `cost_models.fit` reads on, measurements.sqlite in --out.
+A model is converted as the shipped recipes do (add attention where it has one that can be linear,
+int8 shifts around it, a mixture of int8 mult and shift experts) and deployed; its weights do not
+matter for its latency, the share of tokens on shift does, and is set. Results go to
+versus_torch.json, scaling.json and, as rows of layers and models that `cost_models.fit` reads on,
+measurements.sqlite in --out; what dispatching costs is only printed.
 """
 
 from __future__ import annotations
@@ -61,11 +62,8 @@ MODELS = (
 )
 console = Console()
 
-# As the shipped recipes convert.
-_STAGES = (
-    ReparamConfig(attention="add"),
-    ReparamConfig(attention_linears="shift_int8", mlp="moe"),
-)
+# The second stage of the shipped recipes.
+_LINEARS = ReparamConfig(attention_linears="shift_int8", mlp="moe")
 
 
 @app.command(help=__doc__)
@@ -137,8 +135,9 @@ def main(
         for images in batches:
             case = Case(model, original, deployed_at(0.5), _example(original, images))
             console.print(f"{model}, batch {images}: measuring, in turns")
-            costs = list(dispatch_costs(case, 0.5, PRESETS[preset]))
-            console.print(dispatch_cost.table_of(model, images, costs))
+            for part in shares:
+                costs = list(dispatch_costs(case, part / 100, PRESETS[preset]))
+                console.print(dispatch_cost.table_of(model, images, costs))
     if scaling:
         console.print("growth of attention with its tokens: measuring, in turns")
         rows = measure_scaling(PRESETS[preset])
@@ -200,8 +199,11 @@ def prepared(name: str) -> tuple[nn.Module, Callable[[float], nn.Module]]:
         converted = timm.create_model(name).eval()
     except RuntimeError as error:
         raise BadInput(f"--model {name}: {error}") from error
-    for stage in _STAGES:
-        reparameterize_(converted, stage)
+    try:
+        reparameterize_(converted, ReparamConfig(attention="add"))
+    except ConversionError as error:
+        console.print(f"{name}: its attention stays as it is: {error}", markup=False)
+    reparameterize_(converted, _LINEARS)
 
     def deployed_at(share: float) -> nn.Module:
         deployed = deploy(converted)

@@ -78,7 +78,15 @@ def finetune(
     original, task = open_task(settings, data, seed)
     example = next(iter(task.batches("test", settings.deploy_batch, False)))[0]
     check_conversions(settings, original, table, example)
+    if out is None and not latency_table.exists():
+        raise BadInput(f"--out: is needed with a table that ships ({latency_table})")
     folder = output_folder(out or latency_table.parent)
+    if table.device.fingerprint != deploy_device.fingerprint:
+        console.print(
+            f"the latency table is of {table.device.label}: routers are trained for that device;"
+            f" deployed models are timed on {deploy_device.label}",
+            markup=False,
+        )
 
     with process_group(train_device) as here:
         console.quiet = not here.is_first

@@ -70,17 +70,14 @@ def fuse_(model: nn.Module) -> dict[str, str]:
             traced.recompile()
             model.set_submodule(fqn, traced.eval())
             done[fqn] = ", ".join(fused)
-    for fqn, module in list(model.named_modules()):
-        if type(module) in _LAYER_NORMS and len(module.normalized_shape) == 1 and _on_cpu(module):
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    for fqn, module in list(model.named_modules()) if on_cpu else ():
+        if type(module) in _LAYER_NORMS and len(module.normalized_shape) == 1:
             norm = DeployedLayerNorm()
             norm.absorb_norm_(module)
             model.set_submodule(fqn, norm.eval())
             done[fqn] = "a kernel of its own"
     return done
-
-
-def _on_cpu(module: nn.Module) -> bool:
-    return all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
 def _rewritten(block: nn.Module, graph: fx.Graph) -> list[str]:

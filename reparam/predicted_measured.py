@@ -19,9 +19,9 @@ from profiler.device import DeviceInfo
 from profiler.samples import Timing, TimingSettings
 from profiler.store import Measurement, row_key, subject_key
 from profiler.timing import measure_interleaved
-from reparam.attention_fit import captured_arguments
 from reparam.deploy import stored_bytes
 from reparam.deployed_mlps import DeployedMoE
+from reparam.one_pass import Hook, watch_pass
 from reparam.versus_torch import force_share_
 from reparam.watched_work import work_of
 
@@ -95,17 +95,37 @@ def measured_rows(
 def moe_sizes(
     case: Case,
 ) -> Iterator[tuple[str, DeployedMoE, tuple[Any, ...], Mapping[str, Any]]]:
-    """The first MoE layer of each size, with what it is called with."""
+    """The first MoE layer of each size, with what it is called with for all images together.
+
+    A layer behind a convolution stands here for itself; in the model the two are one operator.
+    """
+    calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def note(fqn: str) -> Hook:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            # A layer may be called for some of the images at a time.
+            calls.setdefault(fqn, []).append(_arguments(*args, **kwargs))
+
+        return hook
+
     layers = {
         fqn: part for fqn, part in case.deployed.named_modules() if isinstance(part, DeployedMoE)
     }
+    watch_pass(case.deployed, case.example, {part: note(fqn) for fqn, part in layers.items()})
     seen = set()
-    for fqn, (args, kwargs) in captured_arguments(case.deployed, case.example, layers).items():
+    for fqn, parts in calls.items():
+        x = torch.cat([part for part, _ in parts])
+        added = [residual for _, residual in parts if residual is not None]
         sizes = [(p.in_features, p.out_features) for p in layers[fqn].linears]
-        size = (args[0].shape, tuple(sizes))
+        size = (x.shape, tuple(sizes))
         if size not in seen:
             seen.add(size)
-            yield fqn, layers[fqn], args, kwargs
+            yield fqn, layers[fqn], (x,), {"residual": torch.cat(added) if added else None}
+
+
+def _arguments(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Of a mixture of experts, however it is called."""
+    return x, residual
 
 
 def _timed(

@@ -129,6 +129,9 @@ class Recipe(_Strict):
             enough for that gains little by more, and loses much on a machine that is not alone.
         pretrain: Training of the original; None with pre-trained weights.
         stage1, stage2: After the attention, and after linears and MLPs were replaced.
+        attention: What stage 1 makes of it: ``add``, or ``quadratic``, which keeps position biases
+            and window masks (swin).
+        drop_bias: Whether ``add`` may drop those.
         alphabet: Binary alphabet of queries and keys.
         experts: Form of each expert of an MoE.
         shift_variant: How shift weights are trained (DeepShift-Q or -PS).
@@ -143,6 +146,8 @@ class Recipe(_Strict):
     pretrain: Stage | None = None
     stage1: Stage
     stage2: Stage
+    attention: Literal["add", "quadratic"] = "add"
+    drop_bias: bool = False
     alphabet: Literal["pm1", "01"] = "pm1"
     experts: Annotated[dict[str, ExpertForm], Field(min_length=2)] = {
         "mult": "mult_int8",
@@ -164,7 +169,9 @@ class Recipe(_Strict):
     @property
     def attention_config(self) -> ReparamConfig:
         """What stage 1 replaces."""
-        return ReparamConfig(attention="add", alphabet=self.alphabet)
+        return ReparamConfig(
+            attention=self.attention, drop_bias=self.drop_bias, alphabet=self.alphabet
+        )
 
     def linears_config(self, variant: Variant) -> ReparamConfig:
         """What stage 2 replaces in a variant."""

@@ -73,12 +73,23 @@ def open_task(
     data = image_folder(folder, model, seed, int(image_size) if image_size else None)
     if recipe.pretrain is not None:
         model.reset_classifier(data.classes)  # type: ignore[operator]
-    elif model.num_classes != data.classes:
+    elif model.num_classes != data.classes or _untrained_head(model):
         raise BadInput(
             f"--data {folder}: has {data.classes} classes, the pre-trained head of"
-            f" {recipe.model.name} has {model.num_classes}; a recipe with pretrain trains a new one"
+            f" {recipe.model.name} has {_trained_classes(model)}; a recipe with pretrain trains a"
+            " new one"
         )
     return model, data
+
+
+def _trained_classes(model: nn.Module) -> int:
+    """Classes of the pre-trained weights, whatever head the model was created with."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    return int(known.get("num_classes") or model.num_classes)  # type: ignore[arg-type]
+
+
+def _untrained_head(model: nn.Module) -> bool:
+    return _trained_classes(model) != model.num_classes
 
 
 def train_original(run: Run, model: nn.Module) -> Candidate:

@@ -22,7 +22,7 @@ from reports.formats import (
     significant,
 )
 from reports.html import Picture, Section, Table
-from reports.run_folder import ABLATE, RunFolder
+from reports.run_folder import RunFolder
 
 
 def ablation(run: RunFolder) -> Section:
@@ -30,9 +30,7 @@ def ablation(run: RunFolder) -> Section:
     title = "Ablation: step by step"
     found = run.ablation
     if found is None:
-        return Section(
-            "ablation", title, missing=f"ablation.json is missing. This makes it: {ABLATE}"
-        )
+        return Section("ablation", title, missing=run.absence("ablation.json"))
     lead = [
         f"{found.model} on {found.data}, preset {found.preset}, measured at batch "
         f"{found.deploy_batch} on {found.device.label}. Intervals are Student's over the seeds."

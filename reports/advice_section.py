@@ -13,7 +13,7 @@ def advice(run: RunFolder) -> Section:
     title = "Advice, layer by layer"
     found = run.advice
     if found is None:
-        return Section("advice", title, missing=f"advice.json is missing. This makes it: {ADVISE}")
+        return Section("advice", title, missing=run.absence("advice.json"))
     where = found.device.label if found.device else "a device without a table"
     lead = [f"{found.model}, batch {found.batch}, on {where}: {found.verdict}. {found.reason}"]
     lead += [f"This would tell more: {command}" for command in found.measure]

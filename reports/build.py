@@ -129,8 +129,8 @@ def main(
     """Writes one self-contained page: does it pay on this device, where, by how much, how sure.
 
     Reads what there is of measurements.sqlite, latency_table.json, fit.json, results.json,
-    ablation.json and advice.json, and says which command makes what is missing. Nothing is loaded
-    from the network: the page can be sent, archived and printed.
+    versus_torch.json, scaling.json, ablation.json and advice.json, and says which command makes
+    what is missing. Nothing is loaded from the network: the page can be sent, archived and printed.
 
     Several runs: `--run runs/a --run runs/b` sets their key figures side by side and says, row by
     row, what is faster or slower (see `python -m profiler.compare`).

@@ -23,7 +23,7 @@ from reports.formats import (
     significant,
 )
 from reports.html import MAX_MARKS, Picture, Section, Table
-from reports.run_folder import SCALING, SWEEP, RunFolder
+from reports.run_folder import SWEEP, RunFolder
 
 FEWEST_LENGTHS = 3
 MAX_SERIES = 8
@@ -109,9 +109,7 @@ def scaling(run: RunFolder) -> Section:
     title = "Add attention against softmax attention"
     found = run.scaling
     if found is None:
-        return Section(
-            "scaling", title, missing=f"scaling.json is missing. This makes it: {SCALING}"
-        )
+        return Section("scaling", title, missing=run.absence("scaling.json"))
     known = [(row, row.latency_ms) for row in found.rows]
     frame = pd.DataFrame(
         [

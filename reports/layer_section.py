@@ -23,7 +23,6 @@ from reports.formats import (
 from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import RunFolder
 
-LAYERS = "python -m reparam.evaluate --predicted-versus-measured"
 MAX_LAYERS_DRAWN = 40
 
 
@@ -38,7 +37,7 @@ def layers(run: RunFolder) -> Section:
             "layers",
             title,
             missing="measurements.sqlite holds no layer of a deployed model. "
-            f"This makes them: {LAYERS}",
+            f"This makes them: {run.more_commands['layers']}",
         )
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for row in rows:
@@ -61,7 +60,7 @@ def layers(run: RunFolder) -> Section:
         "one, a fitted overhead for what is no kernel: routing, launches, what is left to torch.",
         *_errors(run.table),
     )
-    return Section("layers", title, lead, pictures, tables, (LAYERS,))
+    return Section("layers", title, lead, pictures, tables, (run.more_commands["layers"],))
 
 
 def _name(row: Measurement) -> str:

@@ -8,7 +8,7 @@ from reparam.versus_torch_result import Comparison, Contestant
 from reports import model_plots
 from reports.formats import Cell, ends, milliseconds_cell, missing, significant, times_cell
 from reports.html import Picture, Section, Table
-from reports.run_folder import VERSUS_TORCH, RunFolder
+from reports.run_folder import RunFolder
 
 
 def rivals(run: RunFolder) -> Section:
@@ -16,10 +16,8 @@ def rivals(run: RunFolder) -> Section:
     title = "Whole models against PyTorch's best"
     found = run.versus_torch
     if found is None:
-        return Section(
-            "rivals", title, missing=f"versus_torch.json is missing. This makes it: {VERSUS_TORCH}"
-        )
-    lead = tuple(_sentence(one) for one in found.comparisons)
+        return Section("rivals", title, missing=run.absence("versus_torch.json"))
+    lead = tuple(rival_sentence(one) for one in found.comparisons)
     note = (
         f"On {found.device.label}, {found.device.threads} threads, all ways in turns in one run. A "
         "deployed model's weights do not matter for its latency; the share of tokens on the shift "
@@ -39,10 +37,16 @@ def _name(one: Comparison) -> str:
     return f"{one.model}, batch {one.batch}, {one.image_size} pixels"
 
 
-def _sentence(one: Comparison) -> str:
-    if not one.speedup:
+def least_speedup(one: Comparison) -> str | None:
+    """Which of ours gains least; None where one side has no figure."""
+    return min(one.speedup, key=lambda name: one.speedup[name].value, default=None)
+
+
+def rival_sentence(one: Comparison) -> str:
+    """What the slowest of ours is against PyTorch's best."""
+    least = least_speedup(one)
+    if least is None:
         return f"{_name(one)}: no ratio, since one side has no figure."
-    least = min(one.speedup, key=lambda name: one.speedup[name].value)
     ratio = one.speedup[least]
     return (
         f"{_name(one)}: {least} is {significant(ratio.value)}× as fast as {one.best_torch}, "

@@ -29,8 +29,7 @@ SWEEP, FIT, FINETUNE, ABLATE, ADVISE = (
     "python -m reparam.ablate",
     "python -m cost_models.advise",
 )
-VERSUS_TORCH = "python -m reparam.evaluate --model MODEL --versus-torch"
-SCALING = "python -m reparam.evaluate --scaling"
+EVALUATE = "python -m reparam.evaluate"
 
 Content = TypeVar("Content")
 
@@ -63,16 +62,43 @@ class RunFolder:
     @property
     def commands(self) -> dict[str, str]:
         """The command that makes each file, filled in for this folder."""
-        folder = self.path
+        folder, known = self.path, next(iter(self.models), None)
         table = folder / "latency_table.json"
-        finetune = f"{FINETUNE} --recipe digits-quick"
+        # The shipped recipe trains a model of its own.
+        recipe = "RECIPE.toml --data IMAGES" if known else "digits-quick"
         fit = f"{FIT} --store {folder / 'measurements.sqlite'} --out {folder}"
         return {
-            "measurements.sqlite": f"{SWEEP} --out {folder}",
+            "measurements.sqlite": f"{SWEEP}{f' --model {known}' if known else ''} --out {folder}",
             "latency_table.json": fit,
             "fit.json": fit,
-            "results.json": f"{finetune} --latency-table {table} --out {folder}",
+            "results.json": f"{FINETUNE} --recipe {recipe} --latency-table {table} --out {folder}",
         }
+
+    @property
+    def more_commands(self) -> dict[str, str]:
+        """The same for what a run is whole without; layers are rows of measurements.sqlite."""
+        folder, model = self.path, next(iter(self.models), "MODEL")
+        table = folder / "latency_table.json"
+        return {
+            "advice.json": f"{ADVISE} --model {model} --table {table} --out {folder}",
+            "versus_torch.json": f"{EVALUATE} --model {model} --versus-torch --out {folder}",
+            "scaling.json": f"{EVALUATE} --scaling --out {folder}",
+            "layers": f"{EVALUATE} --predicted-versus-measured --table {table} --out {folder}",
+            "ablation.json": f"{ABLATE} --latency-table {table} --out {folder}",
+        }
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that its files are about, the first that a file names first: name to file."""
+        found = {}
+        if self.results:
+            found[self.results.model] = "results.json"
+        if self.versus_torch:
+            for one in self.versus_torch.comparisons:
+                found.setdefault(one.model, "versus_torch.json")
+        if self.advice:
+            found.setdefault(self.advice.model, "advice.json")
+        return found
 
     @property
     def missing(self) -> dict[str, str]:
@@ -87,7 +113,8 @@ class RunFolder:
 
     def absence(self, name: str) -> str:
         """What to say where a file is missing."""
-        return f"{name} is missing. This makes it: {self.commands[name]}"
+        command = (self.commands | self.more_commands)[name]
+        return f"{name} is missing. This makes it: {command}"
 
     @property
     def device(self) -> DeviceInfo | None:

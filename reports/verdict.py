@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from profiler.device import DeviceInfo
 from reparam.results import FinetuneResults, VariantResult
+from reparam.versus_torch_result import VersusTorch
 from reports import formats
 from reports.comparisons import (
     Comparison,
@@ -18,6 +19,7 @@ from reports.comparisons import (
     speed_ratio,
 )
 from reports.html import Card, Verdict
+from reports.rival_section import least_speedup, rival_sentence
 from reports.run_folder import RunFolder
 
 
@@ -87,7 +89,10 @@ _OPENING = {
 def _model_sentence(results: FinetuneResults, variant: VariantResult, status: str) -> str:
     original = fastest_original(results)
     speed = variant_speed(results, variant)
-    where = f"on {short_label(results.device)}, “{variant.title}”"
+    where = (
+        f"on {short_label(results.device)}, “{variant.title}” of {results.model}, trained on "
+        f"{results.data},"
+    )
     if speed is None or original is None or original.latency_ms is None or not variant.latency_ms:
         unmeasured = original_of(results)
         why_not = unmeasured.latency_reason if unmeasured else None
@@ -110,7 +115,8 @@ def _model_sentence(results: FinetuneResults, variant: VariantResult, status: st
 
 
 def _form_of(original: VariantResult) -> str:
-    return "original" if original.name == "original" else "original under torch.compile"
+    compiled = original.name != "original"
+    return "original under torch.compile, in fp32" if compiled else "original in fp32"
 
 
 def _points(variant: VariantResult) -> str:
@@ -150,8 +156,36 @@ def _weights_sentence(results: FinetuneResults) -> str:
     )
 
 
+def _others_sentence(run: RunFolder) -> str:
+    """Names the models on the page that the verdict is not about."""
+    named = run.results.model if run.results else None
+    others = [f"{model} ({file})" for model, file in run.models.items() if model != named]
+    return f"Other models on this page: {', '.join(others)}." if others else ""
+
+
+def _rival_sentences(run: RunFolder) -> list[str]:
+    return [rival_sentence(one) for one in run.versus_torch.comparisons] if run.versus_torch else []
+
+
+def _rivals_verdict(run: RunFolder, found: VersusTorch, kernels: tuple[str, ...]) -> Verdict:
+    """On whole models whose accuracy nobody measured: faster in time is not yet that it pays."""
+    ratios = [one.speedup[name] for one in found.comparisons if (name := least_speedup(one))]
+    if ratios and all(ratio.low > 1 for ratio in ratios):
+        status, opening = "mixed", "It is faster here, at an accuracy that was not measured"
+    elif ratios and all(ratio.high < 1 for ratio in ratios):
+        status, opening = "does not pay", "It does not pay here"
+    elif any(ratio.low > 1 for ratio in ratios):
+        status, opening = "mixed", "It depends on the batch here"
+    else:
+        status, opening = "undecided", "Not decided here"
+    first, *rest = _rival_sentences(run)
+    headline = f"{opening}: on {short_label(found.device)}, {first}"
+    missing = f"What training makes of it: {run.absence('results.json')}"
+    return Verdict(status, headline, (*rest, *kernels, missing))  # type: ignore[arg-type]
+
+
 def decide(run: RunFolder) -> Verdict:
-    """The verdict on the last variant; on the kernels alone where no model was trained."""
+    """The verdict on the last variant; where no model was trained, on whole models or kernels."""
     comparisons = main_setting(run)
     kernels = _kernel_sentences(comparisons)
     results = run.results
@@ -159,7 +193,8 @@ def decide(run: RunFolder) -> Verdict:
         last = results.variants[-1]
         status = assess(results, last)
         better = [v for v in results.variants[1:-1] if assess(results, v) == "pays"]
-        details = [text for text in (_weights_sentence(results), *kernels) if text]
+        beside = (_weights_sentence(results), _others_sentence(run), *_rival_sentences(run))
+        details = [text for text in (*beside, *kernels) if text]
         headline = _model_sentence(results, last, status)
         if better and status != "pays":
             names = ", ".join(f"“{variant.title}”" for variant in better)
@@ -167,6 +202,8 @@ def decide(run: RunFolder) -> Verdict:
             details.insert(0, f"What does pay: {names}.")
             status = "mixed"
         return Verdict(status, headline, tuple(details))  # type: ignore[arg-type]
+    if run.versus_torch and run.versus_torch.comparisons:
+        return _rivals_verdict(run, run.versus_torch, kernels)
     counts = count_outcomes(comparisons)
     total = sum(counts.values())
     if not total or not run.device:

@@ -64,7 +64,7 @@ def depthwise_codes(channels: int, experts: int, target: KernelTarget) -> tirx.P
     """The same with a GELU, as a linear reads it that quantises its input, and as its router does.
 
     ``main(x, weight, bias, [gate, gate_bias,] codes, scale, [rows, probability, counts])``. What
-    the convolution makes of a token stays in the first cache and is written as codes alone.
+    the convolution makes of a token stays in a cache of its core and is written as codes alone.
 
     Shapes: x, weight and bias as for ``depthwise_gelu``; gate ``(experts, channels)``, gate_bias
     ``(experts,)``; uint8 codes ``(tokens, channels)`` and fp32 scale ``(tokens,)`` of

@@ -104,6 +104,33 @@ def test_depthwise_linear_is_its_steps(forms, added, images, height, width):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("m", [0, 1, 60])
+@pytest.mark.parametrize(
+    "forms", [("mult_int8",) * 5, ("mult_int8", "shift_int4"), ("mult_int8", "shift_fp32")]
+)
+def test_experts_read_codes_of_any_width(forms, m, normalised):
+    k, n, experts = 37, 40, len(forms)
+    x, gate, gate_bias = torch.randn(m, k), torch.randn(experts, k), torch.randn(experts)
+    norm = torch.cat((torch.rand(k) + 0.5, torch.randn(k), torch.tensor([1e-6])))
+    norm = norm if normalised else None
+    packed, lengths = _linears(forms, k, n)
+    sizes = [k, n]
+    out = torch.ops.shiftadd.moe(
+        x, norm, gate, gate_bias, packed, lengths, list(forms), sizes, False, None
+    )
+    rows, probability, counts = torch.ops.shiftadd.route(x, norm, gate, gate_bias)
+    expected, start, first = torch.empty(m, n), 0, 0
+    for form, count, length in zip(forms, counts.tolist(), lengths):
+        index = rows[start : start + count].long()
+        own = packed[first : first + length]
+        y = torch.ops.shiftadd.linear(x[index], own, form, n, norm, False, None)
+        expected[index] = y * probability[start : start + count, None]
+        start, first = start + count, first + length
+    assert int(counts.sum()) == m
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 5), (3, 7, 64), (0, 16), (2, 3, 5, 40)])
 def test_layer_norm(shape):
     k, x = shape[-1], 3 * torch.randn(shape) + 1

@@ -76,6 +76,10 @@ def test_codes_that_a_neighbour_made_are_multiplied_as_they_are(around, form):
         _matches(workload)
 
 
+def test_codes_of_a_large_product_are_checked_by_some_rows():
+    _matches(linear("mult_int8", 2100, 512, 512, ("codes",)))
+
+
 def test_codes_are_of_linears_that_quantise():
     for form, around in (("mult_fp32", ("codes",)), ("mult_int8", ("codes", "layer_norm"))):
         with pytest.raises(WorkloadError, match="codes"):

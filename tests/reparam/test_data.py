@@ -94,6 +94,12 @@ def test_folder_of_classes_is_split_by_seed(tmp_path, model):
     assert labels.tolist().count(0) == 3
 
 
+def test_train_alone_is_split_in_three(tmp_path, model):
+    make_images(tmp_path / "train", count=20)
+    whole = image_folder(tmp_path / "train", model, 0)
+    assert image_folder(tmp_path, model, 0).sizes == whole.sizes
+
+
 def test_val_is_the_test_set_where_there_is_no_test(tmp_path, model):
     make_images(tmp_path / "train", count=20)
     make_images(tmp_path / "val", count=5)
@@ -119,8 +125,6 @@ def test_bad_folders_are_named(tmp_path, model):
     with pytest.raises(BadInput, match=r"few: cannot be split"):
         image_folder(tmp_path / "few", model, 0)
     make_images(tmp_path / "two" / "train")
-    with pytest.raises(BadInput, match=r"no val/"):
-        image_folder(tmp_path / "two", model, 0)
     make_images(tmp_path / "two" / "val", classes=("cat", "bird"))
     with pytest.raises(BadInput, match="classes differ"):
         image_folder(tmp_path / "two", model, 0)

@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy, stored_bytes
+from reparam.deployed import DeployedLayerNorm
 from reparam.deployed_mlps import DeployedDepthwiseMlp, DeployedMoE
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_int_mm", "einsum", "mv", "dot")
@@ -114,7 +115,8 @@ def test_a_fused_model_computes_what_the_layers_compute(name, changes, mlp):
     # A code within rounding of its threshold may fall on either side.
     assert (actual - expected).norm() < 2e-2 * expected.norm()
     norms = sum(isinstance(part, torch.nn.LayerNorm) for part in separate.modules())
-    assert sum(isinstance(part, torch.nn.LayerNorm) for part in fused.modules()) < norms
+    alone = sum(isinstance(part, DeployedLayerNorm) for part in fused.modules())
+    assert alone < norms and not any(isinstance(p, torch.nn.LayerNorm) for p in fused.modules())
 
 
 @pytest.mark.parametrize("mlp", ["shift_int8", "moe", "shift_fp32"])

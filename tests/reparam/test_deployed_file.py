@@ -35,6 +35,19 @@ def test_it_computes_the_same(saved):
         assert torch.equal(load_deployed(path)(x), expected)
 
 
+@pytest.mark.parametrize(
+    "config", [{"attention_linears": "shift_int8"}, {"mlp": "moe", "attention_linears": "keep"}]
+)
+def test_a_model_of_which_little_was_converted_computes_the_same(config, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(**CREATE).eval()
+    reparameterize_(model, ReparamConfig(**config))
+    deployed, x = deploy(model), torch.randn(2, 3, 32, 32)
+    save_deployed(deployed, tmp_path / "model.json", CREATE)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
+
+
 def test_it_loads_in_a_fresh_process(saved, tmp_path):
     path, x, expected = saved
     torch.save(x, tmp_path / "x.pt")

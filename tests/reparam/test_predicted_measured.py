@@ -84,3 +84,14 @@ def test_what_dispatching_costs_is_measured_for_each_size():
     assert sum(cost.tokens.values()) == 2 * 10 and abs(cost.tokens["shift"] - 10) <= 1
     assert cost.ratio is None or cost.ratio.value > 0.5
     assert printed("small", 2, [cost]).row_count == 1
+
+
+def test_a_layer_that_is_called_for_some_images_at_a_time_is_taken_for_all(monkeypatch):
+    sizes = {"depths": (1, 1), "embed_dims": (32, 64), "num_heads": (1, 2)}
+    model = timm.create_model("pvt_v2_b0", **sizes).eval()
+    reparameterize_(model, ReparamConfig(mlp="moe"))
+    one = Case("pvt", model, deploy(model), torch.randn(3, 3, 64, 64))
+    whole = [args[0].shape for _, _, args, _ in moe_sizes(one)]
+    monkeypatch.setattr("reparam.by_images._CACHED_BYTES", 1)
+    assert [args[0].shape for _, _, args, _ in moe_sizes(one)] == whole
+    assert all(shape[0] == 3 for shape in whole)
