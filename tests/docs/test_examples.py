@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,11 @@ def test_running_a_command_by_name_is_running_its_module(monkeypatch):
     main(["report", "--run", "x"])
     assert ran == [("reports.build", {"run_name": "__main__", "alter_sys": True})]
     assert sys.argv == ["shiftadd report", "--run", "x"]
+
+
+def test_the_recipe_of_the_page_is_one():
+    from reparam.recipe import Recipe
+
+    (text,) = (b.text for b in blocks(DOCS / "convert-and-fine-tune.md") if b.note == "mine.toml")
+    recipe = Recipe.model_validate(tomllib.loads(text))
+    assert recipe.data == "folder" and recipe.model.pretrained and recipe.pretrain

@@ -1,7 +1,9 @@
 """Sections on what `reparam.evaluate` wrote: whole models against PyTorch's, growth with tokens."""
 
+from pathlib import Path
+
 import pytest
-from synthetic_run import DEVICE
+from synthetic_run import DEVICE, results
 
 from reparam.results import Interval
 from reparam.scaling_result import Scaling, ScalingRow
@@ -9,7 +11,8 @@ from reparam.versus_torch_result import Comparison, Contestant, VersusTorch
 from reports.build import build
 from reports.growth_section import scaling
 from reports.rival_section import rivals
-from reports.run_folder import load_run
+from reports.run_folder import RunFolder, load_run
+from reports.verdict import decide
 
 HEADER = {"device": DEVICE, "command": "python -m reparam.evaluate <b>", "created_at": "today"}
 
@@ -94,3 +97,38 @@ def test_without_them_the_command_is_named(tmp_path, section, named):
         tmp_path / ("versus_torch.json" if section is scaling else "scaling.json")
     )
     assert named in section(load_run(tmp_path)).missing
+
+
+@pytest.mark.parametrize(
+    "ratio, status, opening",
+    [
+        (1.5, "mixed", "It is faster here, at an accuracy that was not measured"),
+        (0.5, "does not pay", "It does not pay here"),
+        (1.0, "undecided", "Not decided here"),
+    ],
+)
+def test_without_training_the_head_of_the_page_is_about_the_whole_model(ratio, status, opening):
+    folder = RunFolder(Path("runs/mine"), None, None, None, None, versus_torch=versus_torch(ratio))
+    verdict = decide(folder)
+    assert verdict.status == status and verdict.headline.startswith(opening)
+    assert "deit, batch 8" in verdict.headline and "compile bf16" in verdict.headline
+    assert "digits-quick" not in " ".join(verdict.details)
+    assert any("results.json is missing" in detail for detail in verdict.details)
+
+
+def test_hints_are_about_the_model_and_the_folder():
+    folder = RunFolder(Path("runs/mine"), None, None, None, None, versus_torch=versus_torch())
+    assert "--model deit" in folder.commands["measurements.sqlite"]
+    assert "RECIPE.toml" in folder.commands["results.json"]
+    for name, command in (folder.commands | folder.more_commands).items():
+        assert "runs/mine" in command, name
+    empty = RunFolder(Path("runs/new"), None, None, None, None)
+    assert "digits-quick" in empty.commands["results.json"]
+
+
+def test_a_page_that_holds_two_models_says_so():
+    found = results({"moe": 1.5})
+    folder = RunFolder(Path("run"), None, None, found, None, versus_torch=versus_torch())
+    verdict = decide(folder)
+    assert found.model in verdict.headline and found.data in verdict.headline
+    assert any("Other models on this page: deit (versus_torch.json)" in d for d in verdict.details)
