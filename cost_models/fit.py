@@ -30,6 +30,7 @@ from cost_models.training_rows import (
     choose_device,
     group_rows,
     of_primitives,
+    of_whole_cores,
     read_store,
     store_name,
 )
@@ -69,7 +70,8 @@ def fit(
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=progress, transient=True
     ):
-        modelled = [row for row in rows if row.workload.is_canonical]
+        canonical = [row for row in rows if row.workload.is_canonical]
+        modelled = of_whole_cores(canonical)
         if len(modelled) < MIN_ROWS:
             skipped[f"{form} {lowering}"] = (
                 f"{len(modelled)} rows, a model needs {MIN_ROWS}; only measured shapes are known"
@@ -77,7 +79,8 @@ def fit(
             continue
         is_baseline = modelled[0].measurement.is_baseline
         model = LearnedLatency(form, lowering, is_baseline, info, seed)
-        fits.append(validate(model, modelled))
+        left_out = {"rows_shared": len(canonical) - len(modelled)}
+        fits.append(validate(model, modelled).model_copy(update=left_out))
         models.append(model.fitted_)
         energy_models += energy_model(model, modelled)
     created_at = datetime.now(UTC).isoformat(timespec="seconds")

@@ -33,6 +33,7 @@ class LoweringFit(BaseModel):
     Attributes:
         form, lowering: What was modelled.
         rows_train, rows_test: Sizes of the split.
+        rows_shared: Rows left out of both: another guest of the host worked on their core.
         mape: Mean absolute percentage error on the held-out rows, in percent.
         within_10_percent: Share of held-out rows within ±10 %, in percent.
         interval_coverage: Share of held-out rows inside their 90 % interval, in percent.
@@ -49,6 +50,7 @@ class LoweringFit(BaseModel):
     is_baseline: bool
     rows_train: int
     rows_test: int
+    rows_shared: int = 0
     mape: float | None
     within_10_percent: float | None
     interval_coverage: float | None

@@ -159,7 +159,7 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
         title=f"Held-out errors of the latency models, {escape(device.label)}",
         caption="within: ±10 %; covered: inside their 90 % interval; of noise: MAPE "
         "in noise floors of the sweep; then the MAPE of latency in proportion to the work, of a "
-        "fitted roofline and of the nearest measured shape; * baseline",
+        "fitted roofline and of the nearest measured shape; * baseline" + _shared(fits),
         box=SIMPLE,
         padding=0,
     )
@@ -183,6 +183,11 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
             *map(_percent, rivals),
         )
     return table
+
+
+def _shared(fits: Sequence[LoweringFit]) -> str:
+    left_out = sum(fit.rows_shared for fit in fits)
+    return f"; {left_out} rows of a core shared with another guest are left out" * bool(left_out)
 
 
 def _percent(figure: float | None) -> str:

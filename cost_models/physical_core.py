@@ -33,6 +33,7 @@ _LANES = 16
 _STREAM_BYTES = 512 * 2**10
 # Of the add kernels: tokens from which on a group has six bits instead of four, tokens of a chunk.
 _LONG_TOKENS = 512
+_WORD_BITS = 32
 _CHUNK_TOKENS = 1024
 _MOST_CHUNKS = 16
 
@@ -202,7 +203,9 @@ def _chunks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
 def _grouped(sizes: Sizes, facts: FormFacts, machine: Machine, chunks: Numbers) -> Terms:
     b, m, k, n = sizes
     tokens, bits = (k, m) if facts.kind == "kv" else (m, k)
-    groups = _ceil(bits, 4 + 2 * (tokens >= _LONG_TOKENS))
+    largest = 4 + 2 * (tokens >= _LONG_TOKENS)
+    # No group straddles two words of a code.
+    groups = bits // _WORD_BITS * _ceil(_WORD_BITS, largest) + _ceil(bits % _WORD_BITS, largest)
     rows = groups * 2.0 ** (bits / groups)
     vectors = _ceil(n, _LANES)
     share = _busiest(b * chunks, machine.units)
@@ -214,6 +217,7 @@ def _grouped(sizes: Sizes, facts: FormFacts, machine: Machine, chunks: Numbers) 
         "heads": b * chunks * share,
         "tokens": b * tokens * share,
         "codes": b * tokens * _ceil(bits, _LANES) * share,
+        "row_bytes": b * tokens * groups * n * 4 * share,
         "additions": additions,
         "additions_l2": additions * _beyond(held, L1_BYTES),
         "buckets": buckets,

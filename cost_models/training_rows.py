@@ -25,6 +25,20 @@ class Row:
 Groups = dict[tuple[str, str], list[Row]]
 
 
+# With fewer of a whole core, a model learns from all.
+_ENOUGH_OWN = 8
+
+
+def of_whole_cores(rows: Sequence[Row]) -> list[Row]:
+    """Rows that another guest of the host did not slow down, where there are enough of them.
+
+    That a core was shared is known from work of its own beside the samples
+    (``profiler.shared_core``), not from how far a figure lies from a model.
+    """
+    own = [row for row in rows if not row.measurement.on_shared_core]
+    return own if len(own) >= _ENOUGH_OWN else list(rows)
+
+
 def read_store(location: str) -> list[Measurement]:
     """All rows of a store.
 

@@ -36,6 +36,7 @@ from cost_models.training_rows import (
     choose_device,
     group_rows,
     of_primitives,
+    of_whole_cores,
     read_store,
     store_name,
 )
@@ -200,7 +201,8 @@ def main(
     fit_s = time.perf_counter() - start
     console.print(error_table(result.fits, result.device))
     for other in _others(hot, known):
-        there, _ = group_rows(hot, other)
+        found, _ = group_rows(hot, other)
+        there = {kernel: of_whole_cores(rows) for kernel, rows in found.items()}
         errors = transfer_errors(table.models, there, other)
         if errors:
             console.print(transfer_table(errors, known.label, other.label))

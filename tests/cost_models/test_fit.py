@@ -198,3 +198,22 @@ def test_nothing_is_written_when_a_fit_fails(store, monkeypatch, capsys):
 
     monkeypatch.setattr(fit_module, "validate", broken)
     refused(monkeypatch, capsys, store.parent, "--store", store)
+
+
+def test_rows_of_a_shared_core_teach_nothing_where_others_are_enough(measure):
+    """A neighbour doubles every third figure; the rows say so, and the model does not learn it."""
+    rows = []
+    for i, (k, n) in enumerate((k, n) for k in (32, 64, 96, 128) for n in (32, 64, 96, 128)):
+        for j, m in enumerate((16, 64, 256)):
+            disturbed = (i + j) % 3 == 0
+            ms = 1e-6 * m * k * n * (2.0 if disturbed else 1.0)
+            details = {"own_core": not disturbed}
+            rows.append(measure(linear("shift_int8", m, k, n), ms, details=details))
+    _, result = fit(rows, "x")
+    (found,) = result.fits
+    assert found.rows_shared == 16 and found.rows_train + found.rows_test == 32
+    assert found.mape < 5
+    few = [row for row in rows if row.on_shared_core][:9]
+    few += [row for row in rows if not row.on_shared_core][:5]
+    _, result = fit(few, "x")
+    assert result.fits[0].rows_shared == 0
