@@ -203,15 +203,23 @@ def latency_curves(
         # Routing as it is deployed, in place of the product that it was looked up as. Which expert
         # gets a token does not matter here.
         for fqn, layer in moe_layers(model):
-            fixed_ms[fqn] = overhead.latency_ms(0.0, _counts(layer, all_tokens[fqn]))
+            fixed_ms[fqn] = overhead.latency_ms(0.0, _counts(fqn, layer, all_tokens[fqn]))
     return ModelCurves(layers, sum(fixed_ms.values()))
 
 
-def _counts(layer: MoEMlp, tokens: int) -> dict[str, float]:
+def _counts(fqn: str, layer: MoEMlp, tokens: int) -> dict[str, float]:
     """What a layer does beside the products of its experts, in the names of COUNTS."""
     linears = sum(isinstance(part, _LINEARS) for part in layer.experts.modules())
-    routed = tokens * layer.router.gate.in_features
-    return {"calls": 1.0, "operators": 1.0 + linears, "routed": float(routed)}
+    counts = {
+        "calls": 1.0,
+        "operators": 1.0 + linears,
+        "routed": float(tokens * layer.router.gate.in_features),
+        "routed_tokens": float(tokens),
+    }
+    if fqn.rpartition(".")[2] != "fc2":
+        # Deployed it does the layer norm in front, which the second linear of an MLP has not.
+        counts |= {"normalised": counts["routed"], "normalised_tokens": float(tokens)}
+    return counts
 
 
 def token_grid(tokens: int, points: int = GRID_POINTS) -> list[int]:

@@ -57,8 +57,18 @@ class _Watch(TorchDispatchMode):
         elif isinstance(result, tuple | list):
             self.counts["elements"] += sum(x.numel() for x in result if isinstance(x, Tensor))
 
+    def _routed(self, tokens: Tensor) -> None:
+        self.counts["routed"] += tokens.numel()
+        self.counts["routed_tokens"] += tokens.shape[0]
+
+    def _normalised(self, x: Tensor, norm: Tensor | None) -> None:
+        if norm is not None:
+            self.counts["normalised"] += x.numel()
+            self.counts["normalised_tokens"] += x.shape[:-1].numel()
+
     def _linear(self, args: Any, result: Tensor) -> None:
         x, _, form, n = args[:4]
+        self._normalised(x, args[4] if len(args) > 4 else None)
         self._product(linear(form, x.shape[:-1].numel(), x.shape[-1], n))
 
     def _add_attention(self, args: Any, result: Tensor) -> None:
@@ -75,7 +85,8 @@ class _Watch(TorchDispatchMode):
     def _moe(self, args: Any, result: Tensor) -> None:
         x, norm, gate, gate_bias, _, _, forms, sizes, *_ = args
         tokens = x.reshape(-1, x.shape[-1])
-        self.counts["routed"] += tokens.numel()
+        self._routed(tokens)
+        self._normalised(tokens, norm)
         _, _, counts = torch.ops.shiftadd.route(tokens, norm, gate, gate_bias)
         depth = len(forms) // len(counts)
         for expert, m in enumerate(counts.tolist()):
@@ -93,7 +104,7 @@ class _Watch(TorchDispatchMode):
         counts = [x.shape[0] * x.shape[1]]
         if gate is not None:
             hidden = torch.ops.shiftadd.depthwise_gelu(x, weight, bias, height, True).flatten(0, 1)
-            self.counts["routed"] += hidden.numel()
+            self._routed(hidden)
             counts = torch.ops.shiftadd.route(hidden, None, gate, gate_bias)[2].tolist()
         for form, m in zip(forms, counts):
             if m:
