@@ -51,6 +51,8 @@ def prediction(run: RunFolder) -> Section:
         f"{percent(held_out_mape(run, 'mape_roofline'))}, the nearest measured neighbour by "
         f"{percent(held_out_mape(run, 'mape_nearest'))}.",
     )
+    if shared := sum(fit.rows_shared for fit in run.fit.fits):
+        lead = (*lead, f"{shared} rows of a core that another guest of the host used are left out.")
     drawn = _drawn(points)
     if not points.empty:
         pictures.insert(

@@ -1,10 +1,19 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import DEVICE, latency_table, measurements, primitive_row, write_run, write_store
+from synthetic_run import (
+    DEVICE,
+    fit_result,
+    latency_table,
+    measurements,
+    primitive_row,
+    write_run,
+    write_store,
+)
 
 from kernels.workload import attention
 from profiler.store import Measurement
@@ -15,6 +24,7 @@ from reports.growth_section import exponent
 from reports.html import table_behind
 from reports.map_plots import HEAT_ENDS, cell_edges, heat
 from reports.palette import HEAT
+from reports.prediction_section import prediction
 from reports.run_folder import load_run
 
 POINTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)
@@ -172,3 +182,12 @@ def test_runs_stand_side_by_side_with_verdicts(tmp_path):
     ]
     c = _run(tmp_path / "c", other)
     assert "different devices" in compose(a, (c,)).parts[0].sections[0].lead[0]
+
+
+def test_rows_that_the_models_left_out_are_counted(tmp_path):
+    found = fit_result()
+    fits = [fit.model_copy(update={"rows_shared": 3}) for fit in found.fits]
+    run = _run(tmp_path, measurements())
+    section = prediction(replace(run, fit=found.model_copy(update={"fits": fits})))
+    assert any(text.startswith(f"{3 * len(fits)} rows of a core") for text in section.lead)
+    assert not any("rows of a core" in text for text in prediction(replace(run, fit=found)).lead)
