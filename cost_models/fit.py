@@ -26,6 +26,7 @@ from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
 from cost_models.training_rows import (
+    Groups,
     Row,
     choose_device,
     group_rows,
@@ -66,6 +67,8 @@ def fit(
     fits: list[LoweringFit] = []
     models: list[FittedModel] = []
     energy_models: list[FittedModel] = []
+    # Predictions from whole cores are nearer than figures of a shared one, ours and theirs alike.
+    replaced: list[Row] = []
     progress = Console(stderr=True)
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=progress, transient=True
@@ -82,13 +85,15 @@ def fit(
         left_out = {"rows_shared": len(canonical) - len(modelled)}
         fits.append(validate(model, modelled).model_copy(update=left_out))
         models.append(model.fitted_)
+        used = {id(row) for row in modelled}
+        replaced += [row for row in canonical if id(row) not in used]
         energy_models += energy_model(model, modelled)
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     table = LatencyTable(
         device=info,
         created_at=created_at,
         store=source,
-        entries=tuple(to_entry(row) for rows in groups.values() for row in rows),
+        entries=_entries(groups, replaced),
         models=tuple(models),
         energy_models=tuple(energy_models),
     )
@@ -104,6 +109,12 @@ def fit(
         | {f"what {subject} takes beside its kernels": why for subject, why in without.items()},
     )
     return table, result
+
+
+def _entries(groups: Groups, left_out: Sequence[Row]) -> tuple[Entry, ...]:
+    without = {id(row) for row in left_out}
+    rows = (row for some in groups.values() for row in some)
+    return tuple(to_entry(row) for row in rows if id(row) not in without)
 
 
 def energy_model(latency: LearnedLatency, rows: Sequence[Row]) -> list[FittedModel]:

@@ -26,7 +26,7 @@ Groups = dict[tuple[str, str], list[Row]]
 
 
 # With fewer of a whole core, a model learns from all.
-_ENOUGH_OWN = 8
+_ENOUGH_OWN = 6
 
 
 def of_whole_cores(rows: Sequence[Row]) -> list[Row]:

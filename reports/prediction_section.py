@@ -44,7 +44,7 @@ def prediction(run: RunFolder) -> Section:
     )
     error = held_out_mape(run)
     held_out = int((points.split == "test").sum())
-    lead = (
+    lead: tuple[str, ...] = (
         f"On {held_out} held-out rows the latency model is off by {percent(error)} (MAPE); within "
         f"±10 %: {percent(held_out_mape(run, 'within_10_percent'))}; inside their 90 % interval: "
         f"{percent(held_out_mape(run, 'interval_coverage'))}. A fitted roofline is off by "

@@ -209,8 +209,10 @@ def test_rows_of_a_shared_core_teach_nothing_where_others_are_enough(measure):
             ms = 1e-6 * m * k * n * (2.0 if disturbed else 1.0)
             details = {"own_core": not disturbed}
             rows.append(measure(linear("shift_int8", m, k, n), ms, details=details))
-    _, result = fit(rows, "x")
+    table, result = fit(rows, "x")
     (found,) = result.fits
+    estimate = table.lookup(linear("shift_int8", 64, 64, 64))
+    assert estimate.source == "predicted" and estimate.latency_ms < 1.2e-6 * 64**3
     assert found.rows_shared == 16 and found.rows_train + found.rows_test == 32
     assert found.mape < 5
     few = [row for row in rows if row.on_shared_core][:9]
