@@ -96,8 +96,8 @@ def routing(run: RunFolder) -> Section:
 
 
 def _examples(routed: Sequence[VariantResult]) -> Iterator[Picture]:
-    """Which patches went to which expert, one picture a variant."""
-    for index, one in enumerate(routed):
+    """Which patches went to which expert, in the last variant: a picture is hundreds of cells."""
+    for index, one in enumerate(routed[-1:]):
         layers = list(dict.fromkeys(fqn for example in one.examples for fqn in example.layers))
         shown = layers[:: max(1, -(-len(layers) // MAX_EXAMPLE_LAYERS))]
         rows, grids = [], []

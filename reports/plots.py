@@ -31,6 +31,9 @@ WIDE_PX, NARROW_PX = 860, 350
 # Large enough for a finger.
 _MARK_RADIUS_PX = 10
 # A hundredth of a pixel is finer than any screen.
+# Of every cell and line: without the white space a page is a tenth smaller.
+_PATH = re.compile(r' d="[^"]+"')
+_BETWEEN_COMMANDS = re.compile(r"\s*([MLCQHVAz])\s*")
 _LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 
 
@@ -110,6 +113,7 @@ def to_svg(figure: Canvas, name: str) -> str:
     svg = re.sub(r"<svg[^>]*>", f"<svg {box.group(0) if box else ''}>", svg, count=1)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"<[^>]+>", lambda tag: _LONG_NUMBER.sub(_rounded, tag.group(0)), svg)
+    svg = _PATH.sub(lambda path: _BETWEEN_COMMANDS.sub(r"\1", path.group(0)), svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     for colour, variable in CSS_VARIABLE.items():
         svg = svg.replace(colour, f"var(--{variable})")
