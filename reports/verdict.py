@@ -180,8 +180,7 @@ def _rivals_verdict(run: RunFolder, found: VersusTorch, kernels: tuple[str, ...]
         status, opening = "undecided", "Not decided here"
     first, *rest = _rival_sentences(run)
     headline = f"{opening}: on {short_label(found.device)}, {first}"
-    missing = f"What training makes of it: {run.absence('results.json')}"
-    return Verdict(status, headline, (*rest, *kernels, missing))  # type: ignore[arg-type]
+    return Verdict(status, headline, (*rest, *kernels))  # type: ignore[arg-type]
 
 
 def decide(run: RunFolder) -> Verdict:
@@ -248,7 +247,10 @@ def _model_cards(run: RunFolder) -> tuple[Card, ...]:
     labels = ("Top-1, deployed", "Latency, measured", "Weight bytes", "Share of tokens on shift")
     results = run.results
     if results is None or not results.variants:
-        return tuple(Card(label, formats.DASH, "no results.json in this run") for label in labels)
+        top1, _, *others = (
+            Card(label, formats.DASH, "no results.json in this run") for label in labels
+        )
+        return (top1, _rival_card(labels[1], run.versus_torch), *others)
     original, last = original_of(results), results.variants[-1]
     fastest = fastest_original(results)
     accuracy, speed, share = last.deployed_top1, variant_speed(results, last), shift_share(last)
@@ -283,6 +285,22 @@ def _model_cards(run: RunFolder) -> tuple[Card, ...]:
             formats.percent(share),
             f"mean of {len(last.dispatch)} MoE layers" if last.dispatch else "no MoE layer",
         ),
+    )
+
+
+def _rival_card(label: str, found: VersusTorch | None) -> Card:
+    """The first model that was set against PyTorch's, in the form of ours that gains least."""
+    one = next(iter(found.comparisons), None) if found else None
+    name = least_speedup(one) if one else None
+    if one is None or name is None:
+        return Card(label, formats.DASH, "no results.json in this run")
+    known = {way.name: way.latency_ms.value for way in one.contestants if way.latency_ms}
+    ratio = one.speedup[name]
+    return Card(
+        f"{label}, batch {one.batch}",
+        f"{formats.significant(known[name])} ms",
+        f"{one.best_torch} {formats.significant(known[one.best_torch or ''])} ms; "
+        f"{formats.significant(ratio.value)}× its speed {formats.ends(ratio)}",
     )
 
 
