@@ -33,7 +33,7 @@ def by_images(
         residual: ``(b, ...)``, or None.
     """
     images = x.shape[0]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (residual is not None and residual.shape[0] != images):
         return layer(x, residual)
     at_once = max(1, _CACHED_BYTES // max(1, floats_an_image * _FLOAT_BYTES))
     if images <= at_once:

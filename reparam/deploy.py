@@ -69,7 +69,8 @@ def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> 
         return DeployedAddProducts(module.alphabet)
     if inside_converted and isinstance(module, nn.Linear):
         return DeployedLinear.of(quantise_weight("mult_fp32", module.weight, module.bias))
-    if fuse and isinstance(module, nn.Conv2d) and _makes_patches(module):
+    # Not its subclasses, which pad or standardise in ways of their own.
+    if fuse and type(module) is nn.Conv2d and _makes_patches(module):
         return _as_linear(module)
     is_moe = isinstance(module, MoEMlp)
     inside_converted = inside_converted or is_moe or isinstance(module, AddAttention)
@@ -126,7 +127,7 @@ def _in_one_mlp(module: nn.Module) -> nn.Module:
     if conv is None and isinstance(fc1, DeployedLinear) and isinstance(fc2, DeployedLinear):
         fc1.activated = True
         return DeployedMlp(fc1, fc2)
-    if isinstance(conv, nn.Conv2d) and _is_plain_depthwise(conv):
+    if type(conv) is nn.Conv2d and _is_plain_depthwise(conv):
         weight = conv.weight.detach().flatten(1).T.contiguous()
         return DeployedDepthwiseMlp(fc1, fc2, weight, conv.bias.detach())  # type: ignore[arg-type, union-attr]
     return module

@@ -46,6 +46,11 @@ class Fused(nn.Module):
         return nn.functional.layer_norm(x, (k,), weight, bias, float(eps))
 
 
+def has_shape(residual: Tensor, x: Tensor, n: int) -> bool:
+    """Whether there is a value for each output, so that a kernel can add it; else torch does."""
+    return residual.shape == (*x.shape[:-1], n)
+
+
 class DeployedLinear(Fused):
     """A linear on packed weights: fp32 ``(..., k)`` to ``(..., n)`` for any number of tokens.
 
@@ -90,6 +95,8 @@ class DeployedLinear(Fused):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """One kernel: layer norm, quantisation, product, scale, bias, GELU, residual."""
+        if residual is not None and not has_shape(residual, x, self.out_features):
+            return self.forward(x) + residual
         norm = self._buffers["norm"]
         return torch.ops.shiftadd.linear(
             x, self.packed, self.form, self.out_features, norm, self.activated, residual
@@ -149,6 +156,8 @@ class DeployedConv(nn.Module):
     def __init__(self, linear: DeployedLinear, side: int, stride: int, padding: int) -> None:
         super().__init__()
         self.linear, self.side, self.stride, self.padding = linear, side, stride, padding
+        # As a convolution has it, for models that look at it.
+        self.kernel_size = (side, side)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, channels, h, w)`` to ``(b, n, rows, columns)``, the channels last in memory."""

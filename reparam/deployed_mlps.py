@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.forms import quantises
 from reparam.by_images import by_images
-from reparam.deployed import DeployedLinear, Fused
+from reparam.deployed import DeployedLinear, Fused, has_shape
 
 
 class DeployedMlp(nn.Module):
@@ -68,6 +68,8 @@ class DeployedMoE(Fused):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(..., k)`` to ``(..., n)``."""
+        if residual is not None and not has_shape(residual, x, self.linears[-1].out_features):
+            return self.forward(x) + residual
         if self.by_steps:
             return self._by_steps(x, residual)
         linears, buffers = self.linears, self._buffers
@@ -163,6 +165,8 @@ class DeployedDepthwiseMlp(nn.Module):
                 out: Tensor = self.fc2(torch.ops.shiftadd.depthwise_gelu(*conv, True), residual)
                 return out
             linears = _linears_of(self.fc2)
+            if residual is not None and not has_shape(residual, x, linears[0].out_features):
+                return some(x, None) + residual
             moe = self.fc2 if isinstance(self.fc2, DeployedMoE) else None
             router = (moe.gate, moe.gate_bias) if moe else (None, None)
             return torch.ops.shiftadd.depthwise_linear(

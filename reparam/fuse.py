@@ -64,6 +64,8 @@ def fuse_(model: nn.Module) -> dict[str, str]:
             graph = _Children().trace(block)
         except Exception:  # whatever its forward does that a trace cannot follow
             continue
+        if _looks_at_what_may_be_absent(graph):
+            continue
         if fused := _rewritten(block, graph):
             traced = fx.GraphModule(block, graph, type(block).__name__)
             traced.graph.eliminate_dead_code()
@@ -78,6 +80,16 @@ def fuse_(model: nn.Module) -> dict[str, str]:
             model.set_submodule(fqn, norm.eval())
             done[fqn] = "a kernel of its own"
     return done
+
+
+def _looks_at_what_may_be_absent(graph: fx.Graph) -> bool:
+    """Whether an argument that is None by default is used here: a trace has it given, always."""
+    return any(
+        user.op != "call_module"
+        for node in graph.nodes
+        if node.op == "placeholder" and node.args == (None,)
+        for user in node.users
+    )
 
 
 def _rewritten(block: nn.Module, graph: fx.Graph) -> list[str]:

@@ -3,9 +3,10 @@ import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.packing import quantise_weight
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy, stored_bytes
-from reparam.deployed import DeployedLayerNorm
+from reparam.deployed import DeployedLayerNorm, DeployedLinear
 from reparam.deployed_mlps import DeployedDepthwiseMlp, DeployedMoE
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_int_mm", "einsum", "mv", "dot")
@@ -117,6 +118,35 @@ def test_a_fused_model_computes_what_the_layers_compute(name, changes, mlp):
     norms = sum(isinstance(part, torch.nn.LayerNorm) for part in separate.modules())
     alone = sum(isinstance(part, DeployedLayerNorm) for part in fused.modules())
     assert alone < norms and not any(isinstance(p, torch.nn.LayerNorm) for p in fused.modules())
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        # A bias of its own is added to the qkv linear; its mask may be absent.
+        ("swinv2_tiny_window8_256", {"img_size": 64, "window_size": 8, "depths": (2,)}),
+        # Asks its convolution for its window.
+        ("davit_tiny", {"depths": (1, 1), "embed_dims": (96, 192), "num_heads": (3, 6)}),
+        # Its convolutions standardise their weights and pad as TensorFlow does.
+        ("vit_tiny_r_s16_p8_224", {"img_size": 64, "depth": 1}),
+    ],
+)
+def test_what_only_looks_like_something_to_fuse_is_left_alone(name, changes):
+    torch.manual_seed(0)
+    model, _ = _converted(
+        {"attention_linears": "shift_int8", "mlp": "moe"}, model=timm.create_model(name, **changes)
+    )
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        separate, fused = deploy(model, fuse=False)(x), deploy(model)(x)
+    assert (fused - separate).norm() < 0.1 * separate.norm()
+
+
+def test_a_sum_with_fewer_values_than_outputs_is_added():
+    linear = DeployedLinear.of(quantise_weight("shift_int8", torch.randn(40, 24), torch.randn(40)))
+    x, vector = torch.randn(3, 5, 24), torch.randn(40)
+    torch.testing.assert_close(linear(x, vector), linear(x) + vector)
+    torch.testing.assert_close(linear(x, x.new_ones(3, 1, 40)), linear(x) + 1)
 
 
 @pytest.mark.parametrize("mlp", ["shift_int8", "moe", "shift_fp32"])
