@@ -26,12 +26,10 @@ from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
 from cost_models.training_rows import (
-    Groups,
     Row,
     choose_device,
     group_rows,
     of_primitives,
-    of_whole_cores,
     read_store,
     store_name,
 )
@@ -61,20 +59,18 @@ def fit(
     every = list(measurements)
     hot = of_primitives(every)
     info = choose_device(hot, source, device)
-    groups, skipped = group_rows(hot, info)
+    found = group_rows(hot, info)
+    groups, skipped = found.groups, dict(found.skipped)
     if not groups:
         raise BadInput(f"{source}: no hot row of a primitive on {info.label} has a latency")
     fits: list[LoweringFit] = []
     models: list[FittedModel] = []
     energy_models: list[FittedModel] = []
-    # Predictions from whole cores are nearer than figures of a shared one, ours and theirs alike.
-    replaced: list[Row] = []
     progress = Console(stderr=True)
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=progress, transient=True
     ):
-        canonical = [row for row in rows if row.workload.is_canonical]
-        modelled = of_whole_cores(canonical)
+        modelled = [row for row in rows if row.workload.is_canonical]
         if len(modelled) < MIN_ROWS:
             skipped[f"{form} {lowering}"] = (
                 f"{len(modelled)} rows, a model needs {MIN_ROWS}; only measured shapes are known"
@@ -82,18 +78,16 @@ def fit(
             continue
         is_baseline = modelled[0].measurement.is_baseline
         model = LearnedLatency(form, lowering, is_baseline, info, seed)
-        left_out = {"rows_shared": len(canonical) - len(modelled)}
+        left_out = {"rows_shared": found.shared[form, lowering]}
         fits.append(validate(model, modelled).model_copy(update=left_out))
         models.append(model.fitted_)
-        used = {id(row) for row in modelled}
-        replaced += [row for row in canonical if id(row) not in used]
         energy_models += energy_model(model, modelled)
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     table = LatencyTable(
         device=info,
         created_at=created_at,
         store=source,
-        entries=_entries(groups, replaced),
+        entries=tuple(to_entry(row) for rows in groups.values() for row in rows),
         models=tuple(models),
         energy_models=tuple(energy_models),
     )
@@ -109,12 +103,6 @@ def fit(
         | {f"what {subject} takes beside its kernels": why for subject, why in without.items()},
     )
     return table, result
-
-
-def _entries(groups: Groups, left_out: Sequence[Row]) -> tuple[Entry, ...]:
-    without = {id(row) for row in left_out}
-    rows = (row for some in groups.values() for row in some)
-    return tuple(to_entry(row) for row in rows if id(row) not in without)
 
 
 def energy_model(latency: LearnedLatency, rows: Sequence[Row]) -> list[FittedModel]:

@@ -31,7 +31,8 @@ _LANES = 16
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it; as many
 # bytes of rows are prepared at a time.
 _STREAM_BYTES = 512 * 2**10
-# Of the add kernels: tokens from which on a group has six bits instead of four, tokens of a chunk.
+# Of the add kernels: tokens from which on a group has six bits instead of four, bits of a word of
+# a code, tokens of a chunk.
 _LONG_TOKENS = 512
 _WORD_BITS = 32
 _CHUNK_TOKENS = 1024

@@ -35,7 +35,6 @@ from cost_models.training_rows import (
     choose_device,
     group_rows,
     of_primitives,
-    of_whole_cores,
     read_store,
     store_name,
 )
@@ -205,8 +204,7 @@ def main(
     else:
         hot = of_primitives(read_store(store))
         info = choose_device(hot, store_name(store), device)
-        found, _ = group_rows(hot, info)
-        rows = {kernel: of_whole_cores(some) for kernel, some in found.items()}
+        rows = group_rows(hot, info).groups
         fitted = fit_training_part(rows, info)
         if not fitted:
             raise BadInput(f"{store_name(store)}: too few rows of ours for a model; start without")

@@ -24,19 +24,8 @@ class Row:
 
 Groups = dict[tuple[str, str], list[Row]]
 
-
 # With fewer of a whole core, a model learns from all.
 _ENOUGH_OWN = 6
-
-
-def of_whole_cores(rows: Sequence[Row]) -> list[Row]:
-    """Rows that another guest of the host did not slow down, where there are enough of them.
-
-    That a core was shared is known from work of its own beside the samples
-    (``profiler.shared_core``), not from how far a figure lies from a model.
-    """
-    own = [row for row in rows if not row.measurement.on_shared_core]
-    return own if len(own) >= _ENOUGH_OWN else list(rows)
 
 
 def read_store(location: str) -> list[Measurement]:
@@ -87,15 +76,25 @@ def choose_device(
     return found[fingerprint or next(iter(found))]
 
 
-def group_rows(
-    rows: Iterable[Measurement], device: DeviceInfo
-) -> tuple[dict[tuple[str, str], list[Row]], dict[str, str]]:
-    """A device's rows with a latency and its interval by form and lowering, and why not others.
+@dataclass(frozen=True)
+class Grouped:
+    """The rows of a device.
 
-    Returns:
-        The groups, and by form and lowering the reason of those that have no row at all.
+    Attributes:
+        groups: By form and lowering.
+        shared: Likewise, how many rows were left out because another guest of the host slowed
+            their core down. A model of the others is nearer than such a figure.
+        skipped: By form and lowering in words, why there is no row at all.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
+
+    groups: Groups
+    shared: dict[tuple[str, str], int]
+    skipped: dict[str, str]
+
+
+def group_rows(rows: Iterable[Measurement], device: DeviceInfo) -> Grouped:
+    """A device's rows with a latency and its interval by form and lowering, and why not others."""
+    groups: Groups = {}
     reasons: dict[tuple[str, str], str] = {}
     for row in rows:
         if row.device.fingerprint != device.fingerprint:
@@ -117,4 +116,19 @@ def group_rows(
         for (form, lowering), reason in reasons.items()
         if (form, lowering) not in groups
     }
-    return dict(sorted(groups.items())), skipped
+    kept = {kernel: _of_whole_cores(some) for kernel, some in sorted(groups.items())}
+    shared = {kernel: len(groups[kernel]) - len(some) for kernel, some in kept.items()}
+    return Grouped(kept, shared, skipped)
+
+
+def _of_whole_cores(rows: list[Row]) -> list[Row]:
+    """Leaves out what a model can stand for, of ours and of baselines alike.
+
+    That a core was shared is known from work of its own beside the samples
+    (``profiler.shared_core``), not from how far a figure lies from a model.
+    """
+    own = [
+        row for row in rows if not (row.workload.is_canonical and row.measurement.on_shared_core)
+    ]
+    enough = sum(row.workload.is_canonical for row in own) >= _ENOUGH_OWN
+    return own if enough else rows

@@ -36,7 +36,6 @@ from cost_models.training_rows import (
     choose_device,
     group_rows,
     of_primitives,
-    of_whole_cores,
     read_store,
     store_name,
 )
@@ -201,8 +200,7 @@ def main(
     fit_s = time.perf_counter() - start
     console.print(error_table(result.fits, result.device))
     for other in _others(hot, known):
-        found, _ = group_rows(hot, other)
-        there = {kernel: of_whole_cores(rows) for kernel, rows in found.items()}
+        there = group_rows(hot, other).groups
         errors = transfer_errors(table.models, there, other)
         if errors:
             console.print(transfer_table(errors, known.label, other.label))

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.forms import quantises
 from kernels.layer_kernels import layer_kernel
 from kernels.packing import DOT_GROUP
-from kernels.torch_ops import linear_kernel
+from kernels.torch_ops import last_dimension, linear_kernel
 
 _library = torch.library.Library("shiftadd", "FRAGMENT")
 _library.define(
@@ -73,18 +73,16 @@ def _route(
     return route.rows, route.probability, route.counts
 
 
-def _route_fake(
-    x: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    m, int32 = x.shape[0], torch.int32
-    counts = x.new_empty(gate.shape[0], dtype=int32)
-    return x.new_empty(m, dtype=int32), x.new_empty(m), counts
-
-
 def _room(x: Tensor, m: int, experts: int) -> _Route:
     int32 = torch.int32
     rows, counts = x.new_empty(m, dtype=int32), x.new_empty(experts, dtype=int32)
     return _Route(rows, x.new_empty(m), counts)
+
+
+def _route_fake(
+    x: Tensor, norm: Tensor | None, gate: Tensor, gate_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _room(x, x.shape[0], gate.shape[0])
 
 
 def _quantised(
@@ -173,21 +171,6 @@ def _cut(packed: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
     return parts
 
 
-def _moe_fake(
-    x: Tensor,
-    norm: Tensor | None,
-    gate: Tensor,
-    gate_bias: Tensor,
-    packed: list[Tensor],
-    lengths: list[int],
-    forms: list[str],
-    sizes: list[int],
-    gelu: bool,
-    residual: Tensor | None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sizes[-1])
-
-
 def _depthwise_linear(
     x: Tensor,
     weight: Tensor,
@@ -225,26 +208,10 @@ def _depthwise_linear(
     return out.view(*x.shape[:-1], n)
 
 
-def _depthwise_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    height: int,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    packed: list[Tensor],
-    lengths: list[int],
-    forms: list[str],
-    n: int,
-    residual: Tensor | None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n)
-
-
 for _name, _implementation, _fake in (
     ("route", _route, _route_fake),
-    ("moe", _moe, _moe_fake),
-    ("depthwise_linear", _depthwise_linear, _depthwise_linear_fake),
+    ("moe", _moe, last_dimension(7)),
+    ("depthwise_linear", _depthwise_linear, last_dimension(9)),
 ):
     _library.impl(_name, _implementation, "CPU")
     torch.library.register_fake(f"shiftadd::{_name}", _fake, lib=_library)

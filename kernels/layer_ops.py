@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import kernels.expert_ops
-import kernels.torch_ops  # noqa: F401  defines the library
+import kernels.expert_ops  # noqa: F401  registers the rest, on the library of kernels.torch_ops
 from kernels.build import get_threads
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.add import LONG_TOKENS

@@ -9,6 +9,8 @@ layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from kernels.lowerings.add import LONG_TOKENS
 from kernels.targets import KernelTarget, cpu_target, cuda_target
 from kernels.workload import attention, linear
 
-__all__ = ["linear_kernel", "set_threads"]
+__all__ = ["last_dimension", "linear_kernel", "set_threads"]
 
 _library = torch.library.Library("shiftadd", "DEF")
 _library.define(
@@ -36,6 +38,21 @@ def _target(device: torch.device) -> KernelTarget:
         return cpu_target()
     major, minor = torch.cuda.get_device_capability(device)
     return cuda_target(f"sm_{major}{minor}")
+
+
+def last_dimension(place: int) -> Callable[..., Tensor]:
+    """What ``torch.compile`` sees of an operator that gives its first argument another width.
+
+    Args:
+        place: Of the argument that is that width, or whose last element is.
+    """
+
+    def fake(*given: Any) -> Tensor:
+        x, n = given[0], given[place]
+        out: Tensor = x.new_empty(*x.shape[:-1], n[-1] if isinstance(n, list) else n)
+        return out
+
+    return fake
 
 
 @functools.cache
@@ -99,18 +116,6 @@ def _linear(
     return out.view(*x.shape[:-1], n)
 
 
-def _linear_fake(
-    x: Tensor,
-    packed: list[Tensor],
-    form: str,
-    n: int,
-    norm: Tensor | None = None,
-    gelu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n)
-
-
 def _add_kv(k: Tensor, v: Tensor, alphabet: str) -> Tensor:
     return _launch_attention("kv", (k,), v, _add_kv_fake(k, v, alphabet), alphabet)
 
@@ -136,7 +141,7 @@ def _add_attention_fake(q: Tensor, k: Tensor, v: Tensor, alphabet: str) -> Tenso
 
 
 for _name, _implementation, _fake in (
-    ("linear", _linear, _linear_fake),
+    ("linear", _linear, last_dimension(3)),
     ("add_kv", _add_kv, _add_kv_fake),
     ("add_qkv", _add_qkv, _add_qkv_fake),
     ("add_attention", _add_attention, _add_attention_fake),

@@ -63,8 +63,8 @@ class Workload:
             ``pack`` (x to bits by its sign); ``cast`` (x to x_dtype); ``both`` (both products of
             linear attention in one kernel); and around any linear ``layer_norm`` (of x, first),
             ``gelu`` (of the result), ``residual`` (added last), ``gather`` (of the rows of x that
-            an index names), ``scatter`` (of the result, times a weight per row, into the rows
-            that it names) and ``codes`` (who made x has done the ``quantise`` already).
+            an index names) and ``scatter`` (of the result, times a weight per row, into the rows
+            that it names); with ``quantise`` also ``codes`` (who made x has done that already).
     """
 
     primitive: Primitive

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.forms import FORMS
+from kernels.forms import quantises
 from kernels.packing import quantise_rows
 from reparam.add_attention import AddProducts
 from reparam.data import Data
@@ -182,7 +182,7 @@ def _as_trained(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...
 
 def _decides(module: nn.Module) -> bool:
     if isinstance(module, ShiftLinear | MultLinear):
-        return "quantise" in FORMS[module.form]["fused"]
+        return quantises(module.form)
     return isinstance(module, AddProducts | MoEMlp)
 
 

@@ -30,7 +30,7 @@ def by_images(
         layer: Of images and what is added to its output, each image for itself.
         floats_an_image: Size of the widest activation.
         x: Of the images, ``(b, ...)``.
-        residual: ``(b, ...)``, or None.
+        residual: ``(b, ...)``, or None, or what is the same for all images.
     """
     images = x.shape[0]
     if torch.compiler.is_compiling() or (residual is not None and residual.shape[0] != images):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,6 @@ class DeployedMoE(Fused):
         self.by_steps = False
         # Walking through the modules at each call takes longer than a small layer's kernels.
         self.linears = [part for part in self.experts.modules() if isinstance(part, DeployedLinear)]
-        self._number = len(self.experts)
-        self._forms = [linear.form for linear in self.linears]
-        self._lengths = [len(linear.packed) for linear in self.linears]
 
     @property
     def _experts(self) -> list[DeployedMlp | DeployedLinear]:
@@ -73,15 +70,13 @@ class DeployedMoE(Fused):
         if self.by_steps:
             return self._by_steps(x, residual)
         linears, buffers = self.linears, self._buffers
-        own = linears[: len(linears) // self._number]
+        own = linears[: len(linears) // len(self.experts)]
         return torch.ops.shiftadd.moe(
             x,
             buffers["norm"],
             buffers["gate"],
             buffers["gate_bias"],
-            [tensor for linear in linears for tensor in linear.packed],
-            self._lengths,
-            self._forms,
+            *_weights(linears),
             [own[0].in_features, *(linear.out_features for linear in own)],
             own[0].activated,
             residual,
@@ -110,6 +105,13 @@ class DeployedMoE(Fused):
         """Multiplies the output by ``gamma`` from now on."""
         for expert in self._experts:
             expert.scale_output_(gamma)
+
+
+def _weights(linears: Sequence[DeployedLinear]) -> tuple[list[Tensor], list[int], list[str]]:
+    """As an operator takes those of several linears: all tensors, how many of each, the forms."""
+    packed = [linear.packed for linear in linears]
+    tensors = [tensor for own in packed for tensor in own]
+    return tensors, [len(own) for own in packed], [linear.form for linear in linears]
 
 
 def _linears_of(layer: DeployedLinear | DeployedMoE) -> list[DeployedLinear]:
@@ -172,9 +174,7 @@ class DeployedDepthwiseMlp(nn.Module):
             return torch.ops.shiftadd.depthwise_linear(
                 *conv,
                 *router,
-                [tensor for linear in linears for tensor in linear.packed],
-                [len(linear.packed) for linear in linears],
-                [linear.form for linear in linears],
+                *_weights(linears),
                 linears[0].out_features,
                 residual,
             )

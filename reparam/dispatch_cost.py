@@ -106,7 +106,7 @@ def _launch(
     return partial(kernel.launch, x, *linear.packed, *beside.values(), out), out
 
 
-def table_of(model: str, batch: int, costs: list[DispatchCost]) -> Table:
+def dispatch_table(model: str, batch: int, costs: list[DispatchCost]) -> Table:
     """For people."""
     table = Table(
         title=f"{model}, batch {batch}: mixtures of experts beside their experts alone",

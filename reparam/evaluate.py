@@ -38,10 +38,9 @@ from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
 from profiler.samples import PRESETS, TimingSettings
 from profiler.store import Measurement, create_store
-from reparam import dispatch_cost
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
-from reparam.dispatch_cost import dispatch_costs
+from reparam.dispatch_cost import dispatch_costs, dispatch_table
 from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
 from reparam.scaling import measure_scaling
@@ -137,7 +136,7 @@ def main(
             console.print(f"{model}, batch {images}: measuring, in turns")
             for part in shares:
                 costs = list(dispatch_costs(case, part / 100, PRESETS[preset]))
-                console.print(dispatch_cost.table_of(model, images, costs))
+                console.print(dispatch_table(model, images, costs))
     if scaling:
         console.print("growth of attention with its tokens: measuring, in turns")
         rows = measure_scaling(PRESETS[preset])

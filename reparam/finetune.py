@@ -72,14 +72,14 @@ def finetune(
     """
     name, settings = load_recipe(recipe)
     table = LatencyTable.load(latency_table)
+    if out is None and not latency_table.exists():
+        raise BadInput(f"--out: is needed with a table that ships ({latency_table})")
     deploy_device = cpu_info(settings.threads)
     train_device = _train_device(device)
     torch.set_num_threads(settings.threads)
     original, task = open_task(settings, data, seed)
     example = next(iter(task.batches("test", settings.deploy_batch, False)))[0]
     check_conversions(settings, original, table, example)
-    if out is None and not latency_table.exists():
-        raise BadInput(f"--out: is needed with a table that ships ({latency_table})")
     folder = output_folder(out or latency_table.parent)
     if table.device.fingerprint != deploy_device.fingerprint:
         console.print(

@@ -27,18 +27,22 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+_Plain = bool | int | float | str
+
+
 class ModelSettings(_Strict):
     """Which timm model.
 
     Attributes:
         name: Name for ``timm.create_model``.
         pretrained: Whether timm's trained weights are loaded.
-        kwargs: Passed on to ``timm.create_model``.
+        kwargs: Passed on to ``timm.create_model``, such as ``img_size``, or a
+            ``pretrained_cfg_overlay`` that names a file of weights.
     """
 
     name: str
     pretrained: bool = False
-    kwargs: dict[str, bool | int | float | str] = {}
+    kwargs: dict[str, _Plain | dict[str, _Plain]] = {}
 
 
 class Stage(_Strict):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,12 +69,12 @@ def open_task(
     if folder is None:
         data = TASKS[recipe.data](seed, fold)
         return create_model(recipe.model, data.classes), data
-    image_size = recipe.model.kwargs.get("img_size")
+    image_size: Any = recipe.model.kwargs.get("img_size")
     model = create_model(recipe.model)
     data = image_folder(folder, model, seed, int(image_size) if image_size else None)
     if recipe.pretrain is not None:
         model.reset_classifier(data.classes)  # type: ignore[operator]
-    elif model.num_classes != data.classes or _untrained_head(model):
+    elif not data.classes == model.num_classes == _trained_classes(model):
         raise BadInput(
             f"--data {folder}: has {data.classes} classes, the pre-trained head of"
             f" {recipe.model.name} has {_trained_classes(model)}; a recipe with pretrain trains a"
@@ -86,10 +87,6 @@ def _trained_classes(model: nn.Module) -> int:
     """Classes of the pre-trained weights, whatever head the model was created with."""
     known = getattr(model, "pretrained_cfg", None) or {}
     return int(known.get("num_classes") or model.num_classes)  # type: ignore[arg-type]
-
-
-def _untrained_head(model: nn.Module) -> bool:
-    return _trained_classes(model) != model.num_classes
 
 
 def train_original(run: Run, model: nn.Module) -> Candidate:

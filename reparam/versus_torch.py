@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed_mlps import DeployedMoE
+from reparam.moe import MoEMlp
 from reparam.one_pass import watched
 from reparam.results import Interval
 from reparam.versus_torch_result import Comparison, Contestant
@@ -88,7 +89,8 @@ def force_share_(deployed: nn.Module, share: float, *inputs: Any, **named: Any) 
     are split by what they are, as a trained router does, and not in blocks.
 
     Args:
-        deployed: With MoE layers of two experts.
+        deployed: With MoE layers of two experts, in one kernel or, where an expert is more than its
+            linears, as they were trained.
         share: Of tokens for the second expert, 0 to 1.
         inputs, named: Of the model or layer.
     """
@@ -97,8 +99,8 @@ def force_share_(deployed: nn.Module, share: float, *inputs: Any, **named: Any) 
     seen: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
     def aim(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        assert isinstance(layer, DeployedMoE)
-        tokens = layer.normalised(args[0]).flatten(0, -2)
+        x = layer.normalised(args[0]) if isinstance(layer, DeployedMoE) else args[0]
+        tokens = x.flatten(0, -2)
         if layer not in directions:
             directions[layer] = torch.randn(tokens.shape[1], generator=generator)
         direction = directions[layer]
@@ -109,10 +111,16 @@ def force_share_(deployed: nn.Module, share: float, *inputs: Any, **named: Any) 
             threshold = float(products.quantile(1 - share))
         else:
             threshold = float(products.abs().max()) * 10 * (1 - 2 * share)
-        layer.gate = torch.stack((-direction, direction)) / 2
-        layer.gate_bias = torch.tensor([threshold, -threshold]) / 2
+        gate = torch.stack((-direction, direction)) / 2
+        bias = torch.tensor([threshold, -threshold]) / 2
+        if isinstance(layer, DeployedMoE):
+            layer.gate, layer.gate_bias = gate, bias
+        elif isinstance(layer, MoEMlp):
+            layer.router.gate.weight.copy_(gate)
+            layer.router.gate.bias.copy_(bias)
 
-    with watched({part: aim for part in deployed.modules() if isinstance(part, DeployedMoE)}):
+    mixtures = (part for part in deployed.modules() if isinstance(part, DeployedMoE | MoEMlp))
+    with watched(dict.fromkeys(mixtures, aim)):
         deployed(*inputs, **named)
 
 

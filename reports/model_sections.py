@@ -97,7 +97,7 @@ def routing(run: RunFolder) -> Section:
 
 def _examples(routed: Sequence[VariantResult]) -> Iterator[Picture]:
     """Which patches went to which expert, in the last variant: a picture is hundreds of cells."""
-    for index, one in enumerate(routed[-1:]):
+    for one in routed[-1:]:
         layers = list(dict.fromkeys(fqn for example in one.examples for fqn in example.layers))
         shown = layers[:: max(1, -(-len(layers) // MAX_EXAMPLE_LAYERS))]
         rows, grids = [], []
@@ -121,7 +121,7 @@ def _examples(routed: Sequence[VariantResult]) -> Iterator[Picture]:
             continue
         frame = pd.DataFrame(rows)
         yield Picture(
-            f"examples-{index}",
+            "examples-0",
             f"Patches of test images by expert, {one.title}",
             model_plots.dispatch_examples,
             frame,

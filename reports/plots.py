@@ -30,10 +30,10 @@ from reports.palette import CSS_VARIABLE, INK, STYLE
 WIDE_PX, NARROW_PX = 860, 350
 # Large enough for a finger.
 _MARK_RADIUS_PX = 10
-# A hundredth of a pixel is finer than any screen.
-# Of every cell and line: without the white space a page is a tenth smaller.
+# Of every cell and line: without the white space a page is some percent smaller.
 _PATH = re.compile(r' d="[^"]+"')
 _BETWEEN_COMMANDS = re.compile(r"\s*([MLCQHVAz])\s*")
+# A hundredth of a pixel is finer than any screen.
 _LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 
 

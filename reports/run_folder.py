@@ -62,7 +62,7 @@ class RunFolder:
     @property
     def commands(self) -> dict[str, str]:
         """The command that makes each file, filled in for this folder."""
-        folder, known = self.path, next(iter(self.models), None)
+        folder, known = self.path, self._evaluated
         table = folder / "latency_table.json"
         # The shipped recipe trains a model of its own.
         recipe = "RECIPE.toml --data IMAGES" if known else "digits-quick"
@@ -77,7 +77,7 @@ class RunFolder:
     @property
     def more_commands(self) -> dict[str, str]:
         """The same for what a run is whole without; layers are rows of measurements.sqlite."""
-        folder, model = self.path, next(iter(self.models), "MODEL")
+        folder, model = self.path, self._evaluated or "MODEL"
         table = folder / "latency_table.json"
         return {
             "advice.json": f"{ADVISE} --model {model} --table {table} --out {folder}",
@@ -86,6 +86,13 @@ class RunFolder:
             "layers": f"{EVALUATE} --predicted-versus-measured --table {table} --out {folder}",
             "ablation.json": f"{ABLATE} --latency-table {table} --out {folder}",
         }
+
+    @property
+    def _evaluated(self) -> str | None:
+        """A timm model at its own sizes; a fine-tuned one may have its name and other sizes."""
+        if self.versus_torch and self.versus_torch.comparisons:
+            return self.versus_torch.comparisons[0].model
+        return self.advice.model if self.advice else None
 
     @property
     def models(self) -> dict[str, str]:

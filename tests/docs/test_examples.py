@@ -116,6 +116,10 @@ def test_running_a_command_by_name_is_running_its_module(monkeypatch):
 def test_the_recipe_of_the_page_is_one():
     from reparam.recipe import Recipe
 
-    (text,) = (b.text for b in blocks(DOCS / "convert-and-fine-tune.md") if b.note == "mine.toml")
-    recipe = Recipe.model_validate(tomllib.loads(text))
+    written = {b.note: b.text for b in blocks(DOCS / "convert-and-fine-tune.md")}
+    content = tomllib.loads(written["mine.toml"])
+    recipe = Recipe.model_validate(content)
     assert recipe.data == "folder" and recipe.model.pretrained and recipe.pretrain
+    content["model"] |= tomllib.loads(written["weights.toml"])
+    own = Recipe.model_validate(content | {"attention": "quadratic"})
+    assert own.model.kwargs["pretrained_cfg_overlay"]["num_classes"] == 10

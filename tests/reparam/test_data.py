@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from profiler.command_line import BadInput
 from reparam.data import SPLITS, digits, image_folder, random_affine, stratified_split
+from reparam.recipe import Recipe
+from reparam.stages import open_task
 
 
 def collect(data, split, training=False):
@@ -128,3 +131,34 @@ def test_bad_folders_are_named(tmp_path, model):
     make_images(tmp_path / "two" / "val", classes=("cat", "bird"))
     with pytest.raises(BadInput, match="classes differ"):
         image_folder(tmp_path / "two", model, 0)
+
+
+def test_a_head_that_nobody_trained_is_no_original(tmp_path):
+    """timm drops the head of the weights where a recipe asks for another number of classes."""
+    sizes = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    whole = timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes)
+    save_file(whole.state_dict(), tmp_path / "mine.safetensors")
+    make_images(tmp_path / "images", count=8)
+    overlay = {"file": str(tmp_path / "mine.safetensors"), "num_classes": 5}
+    stage = {"epochs": 1, "batch_size": 4, "lr": 1e-3}
+
+    def opened(classes):
+        kwargs = {**sizes, "num_classes": classes, "pretrained_cfg_overlay": overlay}
+        recipe = Recipe.model_validate(
+            {
+                "data": "folder",
+                "deploy_batch": 1,
+                "threads": 1,
+                "model": {"name": "vit_tiny_patch16_224", "pretrained": True, "kwargs": kwargs},
+                "stage1": stage,
+                "stage2": stage,
+                "variants": [{"name": "shift", "title": "shift", "mlp": "shift_int8"}],
+            }
+        )
+        return open_task(recipe, tmp_path / "images", 0)
+
+    for classes in (2, 5):
+        with pytest.raises(
+            BadInput, match="2 classes, the pre-trained head of vit_tiny_patch16_224 has 5"
+        ):
+            opened(classes)

@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cost_models.latency_table import LatencyTable
+from reparam.evaluate import prepared
+from reparam.moe import moe_layers
 
 
 def refused(folder, *arguments):
@@ -36,3 +39,16 @@ def test_bad_input_is_named(tmp_path, foreign_table):
         out, "--predicted-versus-measured", "--table", tmp_path / "absent.json"
     )
     assert "--batch" in refused(out, "--scaling", "--batch", "none")
+
+
+def test_a_model_whose_attention_cannot_be_linear_is_deployed_with_its_own(capsys):
+    original, deployed_at = prepared("tiny_vit_5m_224")
+    assert "its attention stays as it is" in " ".join(capsys.readouterr().out.split())
+    assert not list(moe_layers(original))
+    # Its MLPs hold a layer norm: they stay mixtures of deployed linears, with a share too.
+    deployed, x = deployed_at(0.25), torch.randn(1, 3, 224, 224, generator=torch.manual_seed(1))
+    with torch.no_grad():
+        deployed(x)
+    counts = torch.stack([layer.routing.counts for _, layer in moe_layers(deployed)])
+    share = counts.sum(0)[1] / counts.sum()
+    assert len(counts) > 5 and 0.1 < share < 0.4

@@ -243,6 +243,14 @@ def test_missing_expert_row_is_refused_before_anything_is_written(tmp_path, reci
     assert not out.exists()
 
 
+def test_a_table_that_ships_is_no_place_for_results(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    arguments = ("--recipe", recipe_file, "--latency-table", "amd-zen4-avx512-2c-1t")
+    assert "--out" in refused(*arguments)
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_bad_input_names_file_and_key(tmp_path, recipe_file, table_file):
     common = ("--latency-table", table_file, "--out", tmp_path / "out")
     assert "no such file" in refused("--recipe", "absent", *common)
