@@ -23,7 +23,8 @@ from tvm import tirx
 
 from kernels.cuda_compiler import cuda_compiler
 from kernels.forms import AROUND, FORMS
-from kernels.lowerings import add, cuda, cuda_add, cuda_linear, mult, panel_gemm, shift
+from kernels.lowerings import add, cuda, cuda_add, cuda_linear, panel_gemm
+from kernels.lowerings.arithmetic import ARITHMETIC
 from kernels.packing import pack_linear
 from kernels.records import known_records, lookup
 from kernels.reference import Operands
@@ -77,8 +78,9 @@ def _forms(name: str) -> tuple[str, ...]:
     return tuple(form for form in FORMS if form.startswith(name))
 
 
-def _panels(form: str, define: Callable) -> Lowering:
+def _panels(form: str) -> Lowering:
     """A linear by the CPU schedules of ``panel_gemm``."""
+    define = partial(panel_gemm.linear_panels, ARITHMETIC[form])
     space, default = panel_gemm.schedule_space, panel_gemm.default_schedule
     return Lowering("llvm", (form,), define, space, default, around=AROUND)
 
@@ -87,14 +89,14 @@ _GROUPS = (add.schedule_space, add.default_schedule)
 _TILES = (cuda_linear.schedule_space, cuda_linear.default_schedule)
 
 LOWERINGS: dict[str, Lowering] = {
-    "mult.panels": _panels("mult_fp32", mult.panels),
-    "mult.pairs": _panels("mult_bf16", mult.pairs),
-    "mult.dot": _panels("mult_int8", mult.dot),
-    "shift.panels": _panels("shift_fp32", shift.panels),
-    "shift.pairs": _panels("shift_bf16", shift.pairs),
-    "shift.dot": _panels("shift_int8", shift.dot),
-    "shift.planes": _panels("shift_int8_wide", shift.planes),
-    "shift.nibbles": _panels("shift_int4", shift.nibbles),
+    "mult.panels": _panels("mult_fp32"),
+    "mult.pairs": _panels("mult_bf16"),
+    "mult.dot": _panels("mult_int8"),
+    "shift.panels": _panels("shift_fp32"),
+    "shift.pairs": _panels("shift_bf16"),
+    "shift.dot": _panels("shift_int8"),
+    "shift.planes": _panels("shift_int8_wide"),
+    "shift.nibbles": _panels("shift_int4"),
     "add.buckets": Lowering("llvm", _forms("add_kv"), add.buckets, *_GROUPS),
     "add.buckets_split": Lowering(
         "llvm", _forms("add_kv"), partial(add.buckets, split=True), *_GROUPS
@@ -252,8 +254,7 @@ def arguments(operands: Operands) -> tuple[Tensor, ...]:
     """What a kernel of ours is launched on, without its output: weights are packed here."""
     if operands.parameters is not None:
         o = operands
-        beside = (o.x_scale, o.norm, o.residual, o.rows, o.row_weight)
-        given = [tensor for tensor in beside if tensor is not None]
+        given = [tensor for tensor in (o.norm, o.residual) if tensor is not None]
         return operands.x, *pack_linear(operands.parameters), *given
     assert operands.values is not None
     keys = () if operands.keys is None else (operands.keys,)

@@ -93,9 +93,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "add_attention_01_bf16": {**_ADD, **_BOTH, **_BF16, "alphabet": "01"},
 }
 
-# What may be fused around a linear form without making another form of it; codes only where the
-# form quantises.
-AROUND = ("layer_norm", "gelu", "residual", "gather", "scatter", "codes")
+# What may be fused around a linear form without making another form of it.
+AROUND = ("layer_norm", "gelu", "residual")
 
 
 def quantises(form: str) -> bool:

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from tvm import tirx
 
 from kernels.build import compile_program
 from kernels.lowerings.angular import angular_attention
-from kernels.lowerings.depthwise import depthwise_codes, depthwise_gelu
+from kernels.lowerings.depthwise import depthwise_gelu, depthwise_mixture
 from kernels.lowerings.layer_norm import layer_norm
+from kernels.lowerings.mixture import mixture
 from kernels.lowerings.patches import patches
-from kernels.lowerings.routing import routing_codes, top1_routing
+from kernels.lowerings.routing import top1_routing
 from kernels.targets import cpu_target
 
 LAYER_KERNELS: dict[str, Callable[..., tirx.PrimFunc]] = {
     "angular_attention": angular_attention,
-    "depthwise_codes": depthwise_codes,
     "depthwise_gelu": depthwise_gelu,
+    "depthwise_mixture": depthwise_mixture,
     "layer_norm": layer_norm,
+    "mixture": mixture,
     "patches": patches,
-    "routing_codes": routing_codes,
     "top1_routing": top1_routing,
 }
 
 
 @functools.cache
-def layer_kernel(name: str, *fixed: int | bool | str) -> Callable[..., None]:
+def layer_kernel(name: str, *fixed: Hashable) -> Callable[..., None]:
     """A kernel for this machine's CPU, launched on tensors into the last of them.
 
     Args:

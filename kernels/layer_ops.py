@@ -1,9 +1,9 @@
 """Whole layers of a deployed model as torch operators, on the CPU.
 
-``torch.ops.shiftadd.angular_attention``: what lies between the projections of an add attention.
-``torch.ops.shiftadd.depthwise_gelu``: the convolution between two linears of a PVT v2 MLP.
-``torch.ops.shiftadd.layer_norm``: of tokens, where no linear behind does it.
-``torch.ops.shiftadd.patches``: what a convolution multiplies, as rows for a linear.
+``angular_attention``: what lies between the projections of an add attention.
+``depthwise_gelu``: the convolution between two linears of a PVT v2 MLP.
+``layer_norm``: of tokens, where no linear behind does it.
+``patches``: what a convolution multiplies, as rows for a linear.
 
 ``kernels.expert_ops`` has mixtures of experts.
 """
@@ -13,18 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import kernels.expert_ops  # noqa: F401  registers the rest, on the library of kernels.torch_ops
 from kernels.build import get_threads
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.add import LONG_TOKENS
+from kernels.operators import operator
 
-_library = torch.library.Library("shiftadd", "FRAGMENT")
-_library.define("angular_attention(Tensor qkv, Tensor conv, str alphabet) -> Tensor")
-_library.define(
-    "depthwise_gelu(Tensor x, Tensor weight, Tensor bias, int height, bool gelu) -> Tensor"
-)
-_library.define("layer_norm(Tensor x, Tensor norm) -> Tensor")
-_library.define("patches(Tensor x, int side, int stride, int padding) -> Tensor")
 # A chunk's own tables cost as much as some tokens: cutting a sequence must spare more than that.
 _SPLIT_GAIN = 1.2
 
@@ -88,11 +81,17 @@ def _patches_fake(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
     return x.new_empty(images, rows, columns, channels * side * side)
 
 
-for _name, _implementation, _fake in (
-    ("angular_attention", _angular_attention, _angular_attention_fake),
-    ("depthwise_gelu", _depthwise_gelu, _depthwise_gelu_fake),
-    ("layer_norm", _layer_norm, _layer_norm_fake),
-    ("patches", _patches, _patches_fake),
-):
-    _library.impl(_name, _implementation, "CPU")
-    torch.library.register_fake(f"shiftadd::{_name}", _fake, lib=_library)
+angular_attention = operator(
+    "angular_attention(Tensor qkv, Tensor conv, str alphabet) -> Tensor",
+    _angular_attention,
+    _angular_attention_fake,
+)
+depthwise_gelu = operator(
+    "depthwise_gelu(Tensor x, Tensor weight, Tensor bias, int height, bool gelu) -> Tensor",
+    _depthwise_gelu,
+    _depthwise_gelu_fake,
+)
+layer_norm = operator("layer_norm(Tensor x, Tensor norm) -> Tensor", _layer_norm, _layer_norm_fake)
+patches = operator(
+    "patches(Tensor x, int side, int stride, int padding) -> Tensor", _patches, _patches_fake
+)

@@ -12,10 +12,8 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from kernels.packing import (
-    DOT_GROUP,
     INT8_MAX,
     LinearParameters,
-    quantise_rows,
     quantise_weight,
 )
 from kernels.workload import Workload
@@ -32,20 +30,14 @@ class Operands:
     """Inputs of one workload, before any packing.
 
     Attributes:
-        x: Linear ``(m, k)``, or its codes plus 128 as uint8, padded to whole groups; KᵀV
-            ``(b, k, m)`` and Q(KᵀV) ``(b, m, k)``: numbers whose sign is the code. As all operands
-            in the workload's out_dtype.
+        x: Linear ``(m, k)``; KᵀV ``(b, k, m)`` and Q(KᵀV) ``(b, m, k)``: numbers whose sign is the
+            code. As all operands in the workload's out_dtype.
         parameters: Of a linear.
         values: Of an attention product: ``(b, k, n)``; of both in one ``(b, m, n)``.
         norm: Of a linear after a layer norm: ``(2k + 1,)``, weight, bias and epsilon.
         residual: Of a linear that something is added to: ``(m, n)``.
         keys: Of both attention products in one: ``(b, m, k)``, beside the queries in x.
         weight: Of a linear: the fp32 weight ``(n, k)`` that was written in its form's alphabet.
-        rows: Of a linear that gathers or scatters: int32 ``(m,)``, a row each of x or of the
-            result.
-        x_scale: Of a linear that takes codes: ``(m,)``, one scale per row.
-        row_weight: Of a linear that scatters: ``(m,)``, what the result of each row is multiplied
-            by.
     """
 
     x: Tensor
@@ -55,9 +47,6 @@ class Operands:
     keys: Tensor | None = None
     norm: Tensor | None = None
     residual: Tensor | None = None
-    rows: Tensor | None = None
-    row_weight: Tensor | None = None
-    x_scale: Tensor | None = None
 
     def to(self, device: str) -> Operands:
         """The same operands on another device."""
@@ -88,25 +77,8 @@ def random_operands(workload: Workload, seed: int = 0) -> Operands:
             norm = torch.cat((1 + 0.1 * normal(w.k), 0.1 * normal(w.k), torch.tensor([1e-6])))
         if "residual" in w.fused:
             residual = normal(w.m, w.n)
-        rows = row_weight = x_scale = None
-        if "codes" in w.fused:
-            codes, scale = quantise_rows(x)
-            codes = torch.nn.functional.pad(codes, (0, -w.k % DOT_GROUP))
-            x, x_scale = (codes + 128).to(torch.uint8), scale[:, 0].contiguous()
-        if {"gather", "scatter"} & set(w.fused):
-            rows = torch.randperm(w.m, generator=generator).int()
-        if "scatter" in w.fused:
-            row_weight = torch.rand(w.m, generator=generator)
-        return Operands(
-            x,
-            quantise_weight(w.form, weight, bias),
-            weight=weight,
-            norm=norm,
-            residual=residual,
-            rows=rows,
-            row_weight=row_weight,
-            x_scale=x_scale,
-        )
+        parameters = quantise_weight(w.form, weight, bias)
+        return Operands(x, parameters, weight=weight, norm=norm, residual=residual)
     dtype = getattr(torch, w.out_dtype)
 
     def coded(*shape: int) -> Tensor:
@@ -173,23 +145,13 @@ def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarr
         t.cpu().double().numpy() for t in (parameters.values, parameters.scale, parameters.bias)
     )
     x = operands.x.cpu().numpy()
-    if "gather" in workload.fused:
-        assert operands.rows is not None
-        x = x[operands.rows.numpy()]
     off_by = 0.0
     if operands.norm is not None:
         x = _normalised(x, operands.norm.cpu().double().numpy())
         # The kernel's mean and variance are sums of k numbers.
         off_by = (workload.k + 16) * _EPS
     if "quantise" in workload.fused:
-        if operands.x_scale is None:
-            codes, x_scale = _quantised(x)
-        else:
-            codes = x[:, : workload.k].astype(np.float64) - 128
-            x_scale = operands.x_scale.double().numpy()[:, None]
-            if "gather" in workload.fused:
-                assert operands.rows is not None
-                x_scale = x_scale[operands.rows.numpy()]
+        codes, x_scale = _quantised(x)
         product = (codes @ values.T) * x_scale * scale
         result = product + bias
         # Sums of whole numbers are exact; only the epilogue rounds.
@@ -210,13 +172,6 @@ def oracle(workload: Workload, operands: Operands) -> tuple[np.ndarray, np.ndarr
     if "gelu" in workload.fused:
         # Its slope is below 1.13; erf itself is good to 4e-7.
         result, bound = _gelu(result), 1.13 * bound + 5e-7 * np.abs(result)
-    if operands.row_weight is not None:
-        assert operands.rows is not None
-        places, weight = operands.rows.numpy(), operands.row_weight.double().numpy()[:, None]
-        scattered, spread = np.zeros_like(result), np.zeros_like(bound)
-        scattered[places] = weight * result
-        spread[places] = weight * bound + _EPS * np.abs(weight * result)
-        result, bound = scattered, spread
     if operands.residual is not None:
         added = operands.residual.cpu().double().numpy()
         result, bound = result + added, bound + _EPS * (np.abs(result) + np.abs(added))
@@ -237,7 +192,7 @@ def _gelu(x: np.ndarray) -> np.ndarray:
 
 def _sample(workload: Workload, operands: Operands) -> Tensor | None:
     """Random rows (linear) or batch entries where all are too many; None for all."""
-    if workload.macs <= _WHOLE_MACS or operands.rows is not None:
+    if workload.macs <= _WHOLE_MACS:
         return None
     size = workload.m if workload.kind == "linear" else workload.b
     count = (
@@ -253,10 +208,7 @@ def _cut(operands: Operands, rows: Tensor | None) -> Operands:
     values = None if operands.values is None else operands.values[rows]
     keys = None if operands.keys is None else operands.keys[rows]
     residual = None if operands.residual is None else operands.residual[rows]
-    x_scale = None if operands.x_scale is None else operands.x_scale[rows]
-    return replace(
-        operands, x=operands.x[rows], values=values, keys=keys, residual=residual, x_scale=x_scale
-    )
+    return replace(operands, x=operands.x[rows], values=values, keys=keys, residual=residual)
 
 
 def checker(workload: Workload, operands: Operands) -> Callable[[Tensor], tuple[float, bool]]:
@@ -291,11 +243,8 @@ def relative_error(workload: Workload, operands: Operands, out: Tensor) -> float
 
     Returns:
         Root mean square of the difference from ``x Wᵀ + bias`` with the weight before it was
-        written in the alphabet, over that of the product; None for attention products, and of
-        codes that a neighbour made.
+        written in the alphabet, over that of the product; None for attention products.
     """
-    if operands.x_scale is not None:
-        return None
     rows = _sample(workload, operands)
     operands, out = _cut(operands, rows), out if rows is None else out[rows]
     if operands.weight is None or operands.parameters is None or out.numel() == 0:

@@ -1,9 +1,9 @@
 """The kernels as torch operators, for deployed models.
 
-``torch.ops.shiftadd.linear``, ``.add_kv``, ``.add_qkv`` and ``.add_attention`` take tensors of any
-number of tokens, also none; a kernel is built at the first call of its family and kept. Linears
-are fp32 in and out, the attention products fp32 or bf16. ``kernels.layer_ops`` has those of whole
-layers.
+``linear``, ``add_kv``, ``add_qkv`` and ``add_attention``, which are ``torch.ops.shiftadd.linear``
+and so on (``kernels.operators``), take tensors of any number of tokens, also none; a kernel is
+built at the first call of its family and kept. Linears are fp32 in and out, the attention products
+fp32 or bf16. ``kernels.layer_ops`` and ``kernels.expert_ops`` have those of whole layers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,12 @@ from torch import Tensor
 from kernels.build import Kernel, build, get_threads, set_threads
 from kernels.forms import AROUND
 from kernels.lowerings.add import LONG_TOKENS
+from kernels.operators import operator
 from kernels.targets import KernelTarget, cpu_target, cuda_target
-from kernels.workload import attention, linear
+from kernels.workload import attention
+from kernels.workload import linear as linear_workload
 
 __all__ = ["last_dimension", "linear_kernel", "set_threads"]
-
-_library = torch.library.Library("shiftadd", "DEF")
-_library.define(
-    "linear(Tensor x, Tensor[] packed, str form, int n, Tensor? norm=None, bool gelu=False,"
-    " Tensor? residual=None) -> Tensor"
-)
-_library.define("add_kv(Tensor k, Tensor v, str alphabet) -> Tensor")
-_library.define("add_qkv(Tensor q, Tensor kv, str alphabet) -> Tensor")
-_library.define("add_attention(Tensor q, Tensor k, Tensor v, str alphabet) -> Tensor")
 
 
 def _target(device: torch.device) -> KernelTarget:
@@ -60,7 +53,8 @@ def linear_kernel(
     form: str, k: int, n: int, device: torch.device, around: tuple[str, ...] = ()
 ) -> Kernel:
     """The kernel of a linear form for any number of tokens."""
-    return build(linear(form, 1, k, n, around), target=_target(device))
+    workload = linear_workload(form, 1, k, n, around)
+    return build(workload, target=_target(device))
 
 
 @functools.cache
@@ -140,12 +134,23 @@ def _add_attention_fake(q: Tensor, k: Tensor, v: Tensor, alphabet: str) -> Tenso
     return v.new_empty(v.shape)
 
 
-for _name, _implementation, _fake in (
-    ("linear", _linear, last_dimension(3)),
-    ("add_kv", _add_kv, _add_kv_fake),
-    ("add_qkv", _add_qkv, _add_qkv_fake),
-    ("add_attention", _add_attention, _add_attention_fake),
-):
-    _library.impl(_name, _implementation, "CPU")
-    _library.impl(_name, _implementation, "CUDA")
-    torch.library.register_fake(f"shiftadd::{_name}", _fake, lib=_library)
+_BOTH = ("CPU", "CUDA")
+linear = operator(
+    "linear(Tensor x, Tensor[] packed, str form, int n, Tensor? norm=None, bool gelu=False,"
+    " Tensor? residual=None) -> Tensor",
+    _linear,
+    last_dimension(3),
+    _BOTH,
+)
+add_kv = operator(
+    "add_kv(Tensor k, Tensor v, str alphabet) -> Tensor", _add_kv, _add_kv_fake, _BOTH
+)
+add_qkv = operator(
+    "add_qkv(Tensor q, Tensor kv, str alphabet) -> Tensor", _add_qkv, _add_qkv_fake, _BOTH
+)
+add_attention = operator(
+    "add_attention(Tensor q, Tensor k, Tensor v, str alphabet) -> Tensor",
+    _add_attention,
+    _add_attention_fake,
+    _BOTH,
+)

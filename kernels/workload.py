@@ -62,9 +62,7 @@ class Workload:
             factor per output channel); ``quantise`` (x to x_dtype, one scale per row);
             ``pack`` (x to bits by its sign); ``cast`` (x to x_dtype); ``both`` (both products of
             linear attention in one kernel); and around any linear ``layer_norm`` (of x, first),
-            ``gelu`` (of the result), ``residual`` (added last), ``gather`` (of the rows of x that
-            an index names) and ``scatter`` (of the result, times a weight per row, into the rows
-            that it names); with ``quantise`` also ``codes`` (who made x has done that already).
+            ``gelu`` (of the result) and ``residual`` (added last).
     """
 
     primitive: Primitive
@@ -105,8 +103,6 @@ class Workload:
             raise WorkloadError("alphabet", f"{self.alphabet!r} contradicts coded={self.coded!r}")
         if (self.alphabet == "pow2") != (self.exponent_min is not None):
             raise WorkloadError("exponent_min", "is given exactly for the alphabet pow2")
-        if "codes" in self.fused and ("quantise" not in self.fused or "layer_norm" in self.fused):
-            raise WorkloadError("fused", "codes: are of a linear that quantises x as it is")
         if tuple(sorted(self.fused)) != self.fused:
             object.__setattr__(self, "fused", tuple(sorted(self.fused)))
 
@@ -135,7 +131,7 @@ class Workload:
         shape = f"{self.b}x{self.m}x{self.k}x{self.n}"
         codes = f" {self.alphabet}" if self.kind != "linear" else ""
         codes += " bf16" if self.out_dtype == "bfloat16" else ""
-        order = ("codes", "gather", "layer_norm", "bias", "gelu", "scatter", "residual")
+        order = ("layer_norm", "bias", "gelu", "residual")
         beside = [name for name in order if name in self.fused]
         return f"{self.kind} {shape}{codes}" + "".join(f" +{name}" for name in beside)
 
@@ -189,7 +185,7 @@ class Workload:
     @property
     def traffic_bytes(self) -> int:
         """Compulsory memory traffic: each operand read once, the result written once."""
-        made_inside = {"quantise", "pack", "cast"} & set(self.fused) and "codes" not in self.fused
+        made_inside = {"quantise", "pack", "cast"} & set(self.fused)
         x_bits = DTYPE_BITS[self.out_dtype if made_inside else self.x_dtype]
         if self.coded == "x" and not made_inside:
             x_bits = self.code_bits

@@ -3,7 +3,8 @@
     python -m reparam.ablate --preset quick
 
 Each variant and seed is a unit of its own: after an interruption the same command goes on with
-the next one, and within a unit at the last epoch.
+the next one, and within a unit at the last epoch. Seeds are trained side by side; then each unit
+is measured, with the machine for itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from profiler.command_line import run as run_command
 from profiler.device import cpu_info
 from reparam.ablation_results import AblationResults, AblationUnit
 from reparam.ablation_summary import summarise
+from reparam.ablation_training import default_workers, train_draws
 from reparam.ablation_unit import Study, Unit, check_units, run_unit
 from reparam.ablation_variants import ATTENTIONS, ORIGINAL, PRESETS, VARIANTS
 from reparam.convert import ConversionError
@@ -63,6 +65,9 @@ def ablate(
     data: Annotated[
         Path | None, typer.Option(help="Folder of images, for a recipe that asks for one.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at once; by default one per core.")
+    ] = None,
 ) -> None:
     """Trains, deploys and measures the original and what replaces its parts, several seeds each."""
     if preset not in PRESETS:
@@ -70,13 +75,15 @@ def ablate(
     chosen = PRESETS[preset]
     names = _names(variants, chosen.names)
     recipe_name, settings = load_recipe(recipe or chosen.recipe)
-    table = LatencyTable.load(find_table(latency_table, out))
+    table_file = find_table(latency_table, out)
+    table = LatencyTable.load(table_file)
     device = cpu_info(settings.threads)
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
     study = Study(settings, table, data, output_folder(out), console)
     units = [Unit(name, seed) for seed in range(seeds or chosen.seeds) for name in names]
     check_units(study, units)
+    train_draws(study, table_file, units, workers or default_workers(settings))
 
     done: list[AblationUnit] = []
     for unit in units:

@@ -109,14 +109,19 @@ def run_unit(study: Study, unit: Unit) -> AblationUnit:
     found = finished(study, unit)
     if found is not None:
         return found
-    run, model = _open(study, unit)
-    output_folder(run.out)
-    original = train_original(run, model)
-    candidate = _trained(run, unit.variant, original)
+    run, original, candidate = train_unit(study, unit)
     row, correct = _evaluated(study, run, unit, original, candidate)
     result = AblationUnit(identity=_identity(study, unit), row=row, correct=correct)
     result.save(_file(study, unit))
     return result
+
+
+def train_unit(study: Study, unit: Unit) -> tuple[Run, Candidate, Candidate]:
+    """The run, the original and the variant; what other units have trained is read."""
+    run, model = _open(study, unit)
+    output_folder(run.out)
+    original = train_original(run, model)
+    return run, original, _trained(run, unit.variant, original)
 
 
 def _file(study: Study, unit: Unit) -> Path:

@@ -21,7 +21,6 @@ from reparam.add_attention import AddProducts
 from reparam.data import Data
 from reparam.deploy import deploy
 from reparam.deployed import DeployedAngular, Fused
-from reparam.deployed_mlps import DeployedMoE
 from reparam.moe import MoEMlp, moe_layers
 from reparam.mult import MultLinear
 from reparam.results import Agreement
@@ -155,20 +154,12 @@ def _decision_inputs(
         for fqn, module in trained.named_modules()
         if _decides(module) and fqn in parts
     ]
-    _set_by_steps(form, True)
     try:
         logits = form.eval()(image)
     finally:
-        _set_by_steps(form, False)
         for handle in handles:
             handle.remove()
     return found, logits
-
-
-def _set_by_steps(form: nn.Module, by_steps: bool) -> None:
-    for module in form.modules():
-        if isinstance(module, DeployedMoE):
-            module.by_steps = by_steps
 
 
 def _as_trained(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-import kernels.layer_ops
-import kernels.torch_ops  # noqa: F401  both register torch.ops.shiftadd
+from kernels import layer_ops, torch_ops
 from kernels.packing import PANEL, LinearParameters, pack_linear
 from reparam.by_images import by_images
 
@@ -98,7 +97,7 @@ class DeployedLinear(Fused):
         if residual is not None and not has_shape(residual, x, self.out_features):
             return self.forward(x) + residual
         norm = self._buffers["norm"]
-        return torch.ops.shiftadd.linear(
+        return torch_ops.linear(
             x, self.packed, self.form, self.out_features, norm, self.activated, residual
         )
 
@@ -142,7 +141,7 @@ class DeployedLayerNorm(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., k)`` to the same."""
-        return torch.ops.shiftadd.layer_norm(x, self.norm)
+        return layer_ops.layer_norm(x, self.norm)
 
 
 class DeployedConv(nn.Module):
@@ -163,7 +162,7 @@ class DeployedConv(nn.Module):
         """``(b, channels, h, w)`` to ``(b, n, rows, columns)``, the channels last in memory."""
 
         def some(x: Tensor, _: Tensor | None) -> Tensor:
-            rows = torch.ops.shiftadd.patches(x, self.side, self.stride, self.padding)
+            rows = layer_ops.patches(x, self.side, self.stride, self.padding)
             out: Tensor = self.linear(rows)
             return out
 
@@ -184,7 +183,7 @@ class DeployedAddProducts(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As ``AddProducts``: q, k ``(b, tokens, bits)``, v ``(b, tokens, n)``."""
-        return torch.ops.shiftadd.add_attention(q, k, v, self.alphabet)
+        return torch_ops.add_attention(q, k, v, self.alphabet)
 
 
 class DeployedAngular(nn.Module):
@@ -204,7 +203,7 @@ class DeployedAngular(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """``(b, tokens, 3 * dim)`` to ``(b, tokens, dim)``."""
-        return torch.ops.shiftadd.angular_attention(qkv, self.conv, self.alphabet)
+        return layer_ops.angular_attention(qkv, self.conv, self.alphabet)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``(b * heads, tokens, head_dim)``, for comparisons."""

@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from kernels import expert_ops, layer_ops
 from kernels.forms import quantises
 from reparam.by_images import by_images
 from reparam.deployed import DeployedLinear, Fused, has_shape
 
 
+class _InOneKernel:
+    """What one kernel takes of several linears.
+
+    Found where nn.Module keeps it: its own way there, for each of them, takes longer than a router.
+
+    Args:
+        linears: Of all experts, those of the first one first.
+        experts: How many.
+        within: All modules that are not called.
+
+    Attributes:
+        forms: Of the linears.
+        sizes: k and n of each of an expert's linears, in turn.
+        gelu: Whether there is one behind the first.
+    """
+
+    def __init__(
+        self, linears: Sequence[DeployedLinear], experts: int, within: Iterable[nn.Module]
+    ) -> None:
+        own = linears[: len(linears) // experts]
+        self.forms = tuple(linear.form for linear in linears)
+        self.sizes = (own[0].in_features, *(linear.out_features for linear in own))
+        self.gelu = own[0].activated
+        self._linears = linears
+        self._kept = [(linear._buffers, name) for linear in linears for name in linear._names]
+        self._hooks = [
+            hooks for part in within for hooks in (part._forward_pre_hooks, part._forward_hooks)
+        ]
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The weights of all linears."""
+        if torch.compiler.is_compiling():
+            return [tensor for linear in self._linears for tensor in linear.packed]
+        return [buffers[name] for buffers, name in self._kept]  # type: ignore[misc]
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether someone wants to see what goes into a module, or comes out."""
+        return any(self._hooks)
+
+
 class DeployedMlp(nn.Module):
-    """Two linears with a GELU between them, in two kernels."""
+    """Two linears with a GELU between them, in one kernel on the CPU."""
 
     def __init__(self, fc1: DeployedLinear, fc2: DeployedLinear) -> None:
         super().__init__()
         self.fc1, self.fc2 = fc1, fc2
+        self._kernel = _InOneKernel([fc1, fc2], 1, [fc1, fc2])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(..., k)`` to ``(..., n)``."""
-        return self.fc2(self.fc1(x), residual)
+        kernel = self._kernel
+        if residual is not None and not has_shape(residual, x, kernel.sizes[-1]):
+            return self.forward(x) + residual
+        if x.device.type != "cpu" or kernel.is_looked_at:
+            out: Tensor = self.fc2(self.fc1(x), residual)
+            return out
+        norm = self.fc1._buffers["norm"]
+        weights = (kernel.packed, kernel.forms, kernel.sizes)
+        return expert_ops.moe(x, norm, None, None, *weights, kernel.gelu, residual)
 
     def absorb_norm_(self, norm: nn.LayerNorm) -> None:
         """Does a layer norm in front from now on."""
@@ -35,13 +87,14 @@ class DeployedMlp(nn.Module):
 class DeployedMoE(Fused):
     """Top-1 dispatch: each token passes through one expert, weighted by its probability.
 
+    All in one kernel; while someone looks at an expert, each is called as the module that it is.
+
     Args:
         gate, gate_bias: Of the router, ``(experts, k)`` and ``(experts,)``.
         experts: All of the same sizes.
 
     Attributes:
         linears: Of all experts, those of the first one first.
-        by_steps: Whether each expert is called as the module that it is, to be looked at.
     """
 
     gate: Tensor
@@ -54,9 +107,14 @@ class DeployedMoE(Fused):
         self.register_buffer("gate", gate)
         self.register_buffer("gate_bias", gate_bias)
         self.experts = nn.ModuleDict(experts)
-        self.by_steps = False
-        # Walking through the modules at each call takes longer than a small layer's kernels.
-        self.linears = [part for part in self.experts.modules() if isinstance(part, DeployedLinear)]
+        within = list(self.experts.modules())
+        self.linears = [part for part in within if isinstance(part, DeployedLinear)]
+        self._kernel = _InOneKernel(self.linears, len(experts), within)
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether someone looks at an expert, so that they are called one by one."""
+        return self._kernel.is_looked_at
 
     @property
     def _experts(self) -> list[DeployedMlp | DeployedLinear]:
@@ -65,26 +123,18 @@ class DeployedMoE(Fused):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(..., k)`` to ``(..., n)``."""
-        if residual is not None and not has_shape(residual, x, self.linears[-1].out_features):
+        kernel, buffers = self._kernel, self._buffers
+        if residual is not None and not has_shape(residual, x, kernel.sizes[-1]):
             return self.forward(x) + residual
-        if self.by_steps:
+        if kernel.is_looked_at:
             return self._by_steps(x, residual)
-        linears, buffers = self.linears, self._buffers
-        own = linears[: len(linears) // len(self.experts)]
-        return torch.ops.shiftadd.moe(
-            x,
-            buffers["norm"],
-            buffers["gate"],
-            buffers["gate_bias"],
-            *_weights(linears),
-            [own[0].in_features, *(linear.out_features for linear in own)],
-            own[0].activated,
-            residual,
-        )
+        router = (buffers["norm"], buffers["gate"], buffers["gate_bias"])
+        weights = (kernel.packed, kernel.forms, kernel.sizes)
+        return expert_ops.moe(x, *router, *weights, kernel.gelu, residual)
 
     def _by_steps(self, x: Tensor, residual: Tensor | None) -> Tensor:
         tokens = x.flatten(0, -2)
-        route = torch.ops.shiftadd.route(tokens, self.norm, self.gate, self.gate_bias)
+        route = expert_ops.route(tokens, self.norm, self.gate, self.gate_bias)
         rows, probability, counts = route
         parts = [
             expert(tokens[index.long()])
@@ -107,22 +157,11 @@ class DeployedMoE(Fused):
             expert.scale_output_(gamma)
 
 
-def _weights(linears: Sequence[DeployedLinear]) -> tuple[list[Tensor], list[int], list[str]]:
-    """As an operator takes those of several linears: all tensors, how many of each, the forms."""
-    packed = [linear.packed for linear in linears]
-    tensors = [tensor for own in packed for tensor in own]
-    return tensors, [len(own) for own in packed], [linear.form for linear in linears]
-
-
-def _linears_of(layer: DeployedLinear | DeployedMoE) -> list[DeployedLinear]:
-    return layer.linears if isinstance(layer, DeployedMoE) else [layer]
-
-
 class DeployedDepthwiseMlp(nn.Module):
-    """PVT v2's MLP: a linear, a depthwise 3 × 3 convolution with GELU, a linear; three kernels.
+    """PVT v2's MLP: a linear, a depthwise 3 × 3 convolution with GELU, a linear.
 
-    Where the second linear, or all of its experts, quantise what they read, the convolution writes
-    the codes itself; not while someone looks at what goes into it.
+    Where the second linear, or all of its experts, quantise what they read, it is one kernel with
+    the convolution; not while someone looks at what goes into it.
 
     Args:
         fc1, fc2: Linears or MoEs of linears.
@@ -145,39 +184,32 @@ class DeployedDepthwiseMlp(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    @property
-    def _between_are_codes(self) -> bool:
-        fc2 = self.fc2
-        if fc2.norm is not None or fc2._forward_pre_hooks or fc2._forward_hooks:
-            return False
-        if isinstance(fc2, DeployedMoE) and (fc2.by_steps or len(fc2.linears) > len(fc2.experts)):
-            return False
-        linears = _linears_of(fc2)
-        quantise = all(quantises(linear.form) for linear in linears)
-        return quantise and not linears[0].activated
+        linears = fc2.linears if isinstance(fc2, DeployedMoE) else [fc2]
+        self._behind = _InOneKernel(linears, len(linears), fc2.modules())
+        self._can_be_one = (
+            all(quantises(linear.form) for linear in linears)
+            and not self._behind.gelu
+            and len(linears) == (len(fc2.experts) if isinstance(fc2, DeployedMoE) else 1)
+        )
 
     def forward(
         self, x: Tensor, feat_size: tuple[int, int], residual: Tensor | None = None
     ) -> Tensor:
         """``(b, height * width, k)`` to ``(b, height * width, n)``."""
+        fc2, behind = self.fc2, self._behind
+        in_one = self._can_be_one and fc2.norm is None and not behind.is_looked_at
+        router = (fc2.gate, fc2.gate_bias) if isinstance(fc2, DeployedMoE) else (None, None)
 
         def some(x: Tensor, residual: Tensor | None) -> Tensor:
             conv = (self.fc1(x), self.weight, self.bias, feat_size[0])
-            if not self._between_are_codes:
-                out: Tensor = self.fc2(torch.ops.shiftadd.depthwise_gelu(*conv, True), residual)
+            if not in_one:
+                out: Tensor = fc2(layer_ops.depthwise_gelu(*conv, True), residual)
                 return out
-            linears = _linears_of(self.fc2)
-            if residual is not None and not has_shape(residual, x, linears[0].out_features):
+            n = behind.sizes[-1]
+            if residual is not None and not has_shape(residual, x, n):
                 return some(x, None) + residual
-            moe = self.fc2 if isinstance(self.fc2, DeployedMoE) else None
-            router = (moe.gate, moe.gate_bias) if moe else (None, None)
-            return torch.ops.shiftadd.depthwise_linear(
-                *conv,
-                *router,
-                *_weights(linears),
-                linears[0].out_features,
-                residual,
-            )
+            weights = (behind.packed, behind.forms, n)
+            return expert_ops.depthwise_moe(*conv, *router, *weights, residual)
 
         return by_images(some, x.shape[1] * len(self.bias), x, residual)
 

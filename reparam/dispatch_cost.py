@@ -8,16 +8,16 @@ is routing, reading and writing tokens where they lie, and the operator itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from kernels.torch_ops import linear_kernel
+from kernels import expert_ops
+from kernels.expert_ops import experts_kernel
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed import DeployedLinear
@@ -78,32 +78,32 @@ def dispatch_costs(case: Case, share: float, settings: TimingSettings) -> Iterat
 def _experts_alone(
     layer: DeployedMoE, x: Tensor, residual: Tensor | None = None
 ) -> tuple[list[int], list[Callable[[], None]]]:
-    """Tokens of each expert, and what launches its kernels on as many."""
+    """Tokens of each expert, and what launches its kernel on as many."""
     tokens = x.reshape(-1, x.shape[-1])
-    route = torch.ops.shiftadd.route(tokens, layer.norm, layer.gate, layer.gate_bias)
-    counts = route[2].tolist()
+    counts = expert_ops.route(tokens, layer.norm, layer.gate, layer.gate_bias)[2].tolist()
     added = [None] * len(counts)
     if residual is not None:
         added = residual.reshape(len(tokens), -1).split(counts)
-    depth, launches = len(layer.linears) // len(counts), []
-    for expert, (part, last) in enumerate(zip(tokens.split(counts), added)):
-        given = part.contiguous()
-        for step in range(depth) if len(given) else ():
-            linear = layer.linears[expert * depth + step]
-            launch, given = _launch(linear, given, last if step == depth - 1 else None)
-            launches.append(launch)
+    depth = len(layer.linears) // len(counts)
+    launches = [
+        _launch(layer.linears[expert * depth :][:depth], part.contiguous(), last)
+        for expert, (part, last) in enumerate(zip(tokens.split(counts), added))
+        if len(part)
+    ]
     return counts, launches
 
 
 def _launch(
-    linear: DeployedLinear, x: Tensor, residual: Tensor | None
-) -> tuple[Callable[[], None], Tensor]:
-    fused: Mapping[str, Any] = {"layer_norm": linear.norm, "residual": residual}
-    beside = {name: tensor for name, tensor in fused.items() if tensor is not None}
-    around = (*beside, *(("gelu",) * linear.activated))
-    kernel = linear_kernel(linear.form, linear.in_features, linear.out_features, x.device, around)
-    out = x.new_empty(len(x), linear.out_features)
-    return partial(kernel.launch, x, *linear.packed, *beside.values(), out), out
+    linears: list[DeployedLinear], x: Tensor, residual: Tensor | None
+) -> Callable[[], None]:
+    first, sizes = linears[0], (x.shape[1], *(linear.out_features for linear in linears))
+    forms = tuple(linear.form for linear in linears)
+    there = (first.norm is not None, first.activated, residual is not None)
+    kernel = experts_kernel("mixture", sizes, forms, *there)
+    packed = [tensor for linear in linears for tensor in linear.packed]
+    norm = [] if first.norm is None else [first.norm]
+    added = [] if residual is None else [residual.contiguous()[None]]
+    return partial(kernel, x[None], *norm, *packed, *added, x.new_empty(1, len(x), sizes[-1]))
 
 
 def dispatch_table(model: str, batch: int, costs: list[DispatchCost]) -> Table:

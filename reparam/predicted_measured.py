@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import Predicted, kernel_ms, mape
 from cost_models.work import Work
+from kernels import expert_ops
 from profiler.device import DeviceInfo
 from profiler.samples import Timing, TimingSettings
 from profiler.store import Measurement, row_key, subject_key
@@ -144,7 +145,7 @@ def _kernels(work: Work, lowering: str, table: LatencyTable) -> dict[str, Any]:
 
 def _tokens(layer: DeployedMoE, x: Tensor) -> dict[str, int]:
     tokens = x.reshape(-1, x.shape[-1])
-    _, _, counts = torch.ops.shiftadd.route(tokens, layer.norm, layer.gate, layer.gate_bias)
+    _, _, counts = expert_ops.route(tokens, layer.norm, layer.gate, layer.gate_bias)
     return {f"tokens.{name}": count for name, count in zip(layer.experts, counts.tolist())}
 
 

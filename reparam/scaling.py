@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.layer_ops  # noqa: F401  registers torch.ops.shiftadd
+from kernels import layer_ops
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.results import Interval
@@ -47,7 +47,7 @@ def measure_scaling(settings: TimingSettings, tokens: tuple[int, ...] = TOKENS) 
         conv = torch.randn(HEADS, _WINDOW)
 
         def add(qkv: Tensor = qkv, conv: Tensor = conv) -> Tensor:
-            return torch.ops.shiftadd.angular_attention(qkv, conv, "pm1")
+            return layer_ops.angular_attention(qkv, conv, "pm1")
 
         ways: dict[str, Callable[[], Tensor]] = {
             "add": add,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels.layer_ops  # noqa: F401  registers torch.ops.shiftadd
 from cost_models.work import Work
+from kernels import expert_ops, layer_ops
 from kernels.workload import Workload, attention, linear
 from reparam.one_pass import evaluating
 
@@ -57,9 +56,16 @@ class _Watch(TorchDispatchMode):
         elif isinstance(result, tuple | list):
             self.counts["elements"] += sum(x.numel() for x in result if isinstance(x, Tensor))
 
-    def _routed(self, tokens: Tensor) -> None:
+    def _dispatched(
+        self, tokens: Tensor, norm: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None
+    ) -> list[int]:
+        """Tokens of each expert."""
+        if gate is None:
+            return [tokens.shape[0]]
         self.counts["routed"] += tokens.numel()
         self.counts["routed_tokens"] += tokens.shape[0]
+        counts: list[int] = expert_ops.route(tokens, norm, gate, gate_bias)[2].tolist()
+        return counts
 
     def _normalised(self, x: Tensor, norm: Tensor | None) -> None:
         if norm is not None:
@@ -83,33 +89,25 @@ class _Watch(TorchDispatchMode):
         self.counts["elements"] += result.numel()
 
     def _moe(self, args: Any, result: Tensor) -> None:
-        x, norm, gate, gate_bias, _, _, forms, sizes, *_ = args
+        x, norm, gate, gate_bias, _, forms, sizes, *_ = args
         tokens = x.reshape(-1, x.shape[-1])
-        self._routed(tokens)
         self._normalised(tokens, norm)
-        _, _, counts = torch.ops.shiftadd.route(tokens, norm, gate, gate_bias)
-        depth = len(forms) // len(counts)
-        for expert, m in enumerate(counts.tolist()):
+        counts, depth = self._dispatched(tokens, norm, gate, gate_bias), len(sizes) - 1
+        for expert, m in enumerate(counts):
             for step in range(depth) if m else ():
                 form = forms[expert * depth + step]
                 self._product(linear(form, m, sizes[step], sizes[step + 1]))
-                self.counts["operators"] += 1
 
     def _depthwise(self, args: Any, result: Tensor) -> None:
         self.counts["depthwise_macs"] += args[1].shape[0] * result.numel()
 
-    def _depthwise_linear(self, args: Any, result: Tensor) -> None:
-        x, weight, bias, height, gate, gate_bias, _, _, forms, n, _ = args
+    def _depthwise_moe(self, args: Any, result: Tensor) -> None:
+        x, weight, bias, height, gate, gate_bias, _, forms, n, _ = args
         self.counts["depthwise_macs"] += weight.shape[0] * x.numel()
-        counts = [x.shape[0] * x.shape[1]]
-        if gate is not None:
-            hidden = torch.ops.shiftadd.depthwise_gelu(x, weight, bias, height, True).flatten(0, 1)
-            self._routed(hidden)
-            counts = torch.ops.shiftadd.route(hidden, None, gate, gate_bias)[2].tolist()
-        for form, m in zip(forms, counts):
+        hidden = layer_ops.depthwise_gelu(x, weight, bias, height, True).flatten(0, 1)
+        for form, m in zip(forms, self._dispatched(hidden, None, gate, gate_bias)):
             if m:
                 self._product(linear(form, m, x.shape[-1], n))
-                self.counts["operators"] += 1
 
     def _patches(self, args: Any, result: Tensor) -> None:
         self.counts["patch_elements"] += result.numel()
@@ -139,7 +137,7 @@ _NOTES = {
     "shiftadd::angular_attention": _Watch._angular,
     "shiftadd::moe": _Watch._moe,
     "shiftadd::depthwise_gelu": _Watch._depthwise,
-    "shiftadd::depthwise_linear": _Watch._depthwise_linear,
+    "shiftadd::depthwise_moe": _Watch._depthwise_moe,
     "shiftadd::patches": _Watch._patches,
     "aten::addmm": _Watch._addmm,
     "aten::mm": _Watch._addmm,

@@ -37,6 +37,7 @@ ALLOWED = {
         "kernels.packing",
         "kernels.torch_ops",
         "kernels.layer_ops",
+        "kernels.expert_ops",
         "profiler.timing",
         "profiler.samples",
         "profiler.energy",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
@@ -19,7 +19,7 @@ from kernels.lowerings.emit import (
     spans,
     vector_type,
 )
-from kernels.packing import INT8_MAX
+from kernels.packing import BF16_GROUP, INT8_MAX
 
 # The first pass over a row asks for what comes that much later. The hardware's own prefetch
 # begins anew at each page, and main memory would be waited for.
@@ -105,7 +105,7 @@ def round_row(x: Any, row: Any, k: int, bits: Any, slot: Any) -> None:
         T.buffer_store(bits, half, [slot, at(offset, lanes)])
 
     _each_vector(k, rounded)
-    for padding in range(k, int(bits.shape[1])):
+    for padding in range(k, -(-k // BF16_GROUP) * BF16_GROUP):
         # Left as it was it could be a NaN, which no weight of 0 makes good.
         T.buffer_store(bits, tirx.const(0, "int16"), [slot, padding])
 
@@ -165,3 +165,35 @@ def copy_row(x: Any, row: Any, k: int, copies: Any, slot: Any) -> None:
         T.buffer_store(copies, x[row, at(offset, lanes)], [slot, at(offset, lanes)])
 
     _each_vector(k, copy)
+
+
+def prepare_row(
+    x: Any,
+    row: Any,
+    k: int,
+    fused: Collection[str],
+    norm: Any,
+    prepared: Any,
+    slot: Any,
+    row_scale: Any,
+) -> None:
+    """One row as an inner product reads it: normalised, then quantised, rounded or as it is.
+
+    Args:
+        x: fp32 ``(m, k)``.
+        row: Of x.
+        k: Inputs.
+        fused: Whether ``layer_norm``, and ``quantise`` or ``cast``, as a workload has them.
+        norm: Of ``normalise_row``.
+        prepared: The row goes to ``prepared[slot]``.
+        slot: Row of the workspace.
+        row_scale: Of ``quantise_row``; None where it does not quantise.
+    """
+    if "layer_norm" in fused:
+        x, row = normalise_row(x, row, k, norm), tirx.const(0, "int32")
+    if "quantise" in fused:
+        quantise_row(x, row, k, prepared, slot, row_scale)
+    elif "cast" in fused:
+        round_row(x, row, k, prepared, slot)
+    else:
+        copy_row(x, row, k, prepared, slot)

@@ -22,6 +22,7 @@ from kernels.lowerings.emit import (
     prefetch,
     program,
 )
+from kernels.lowerings.mixture import Router, Sizes, Tokens, codes_of, through_experts
 from kernels.lowerings.routing import Order, choose
 from kernels.targets import KernelTarget
 
@@ -60,55 +61,52 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
     return program(body)
 
 
-def depthwise_codes(channels: int, experts: int, target: KernelTarget) -> tirx.PrimFunc:
-    """The same with a GELU, as a linear reads it that quantises its input, and as its router does.
+def depthwise_mixture(sizes: Sizes, target: KernelTarget) -> tirx.PrimFunc:
+    """The same with a GELU, and the linear, or mixture of linears, behind it.
 
-    ``main(x, weight, bias, [gate, gate_bias,] codes, scale, [rows, probability, counts])``. What
+    ``main(x, weight, bias, [gate, gate_bias,] w, scale, bias, offset, …, [residual,] out)``. What
     the convolution makes of a token stays in a cache of its core and is written as codes alone.
 
-    Shapes: x, weight and bias as for ``depthwise_gelu``; gate ``(experts, channels)``, gate_bias
-    ``(experts,)``; uint8 codes ``(tokens, channels)`` and fp32 scale ``(tokens,)`` of
-    ``kernels.lowerings.activations.quantise_row``; the rest as for
-    ``kernels.lowerings.routing.top1_routing``.
+    Shapes: x, weight and bias as for ``depthwise_gelu``; the rest as for
+    ``kernels.lowerings.mixture.mixture``.
 
     Args:
-        channels: A multiple of 16.
-        experts: 0 for a linear without a router.
+        sizes: And forms that quantise; k, the channels, is a multiple of 16.
         target: The CPU.
     """
 
-    def body() -> None:
-        grid, tokens = tuple(T.int32() for _ in range(3)), T.int32()
+    def declare(images: Any, tokens: Any) -> Callable[[], Tokens]:
+        grid, channels, m = (images, T.int32(), T.int32()), sizes.k, images * tokens
         x, weight, bias = _arguments(grid, channels)
-        gate = gate_bias = order = None
-        if experts:
-            gate = argument("gate", (experts, channels), "float32")
-            gate_bias = argument("gate_bias", (experts,), "float32")
-        codes = argument("codes", (tokens, channels), "uint8")
-        scale = argument("scale", (tokens,), "float32")
-        if experts:
-            order = Order(tokens, experts)
+        router = Router.declared(sizes)
         _, height, width = grid
 
-        def block(image: Any, line: Any, first: Any, columns: int) -> None:
-            done = local((columns, channels))
+        def emit() -> Tokens:
+            order = None if router is None else Order.workspace(m, sizes.experts)
+            codes, scale = codes_of(m, channels)
 
-            def store(vector: Any, column: int, value: Any) -> None:
-                T.buffer_store(done, value, [column, at(vector * LANES, LANES)])
+            def block(image: Any, line: Any, first: Any, columns: int) -> None:
+                done = local((columns, channels))
 
-            place = (image, line, first, columns)
-            _convolved(x, weight, bias, grid, place, True, store)
-            with T.serial(0, columns) as column:
-                token = (image * height + line) * width + first + column
-                if order is not None:
-                    choose(done, column, channels, gate, gate_bias, order, token)
-                quantise_row(done, column, channels, codes, token, scale)
+                def store(vector: Any, column: int, value: Any) -> None:
+                    T.buffer_store(done, value, [column, at(vector * LANES, LANES)])
 
-        _each_block(grid, block)
-        if order is not None:
-            order.finish()
+                place = (image, line, first, columns)
+                _convolved(x, weight, bias, grid, place, True, store)
+                with T.serial(0, columns) as column:
+                    token = (image * height + line) * width + first + column
+                    if router is not None and order is not None:
+                        choose(done, column, channels, router.gate, router.bias, order, token)
+                    quantise_row(done, column, channels, codes, token, scale)
 
-    return program(body)
+            _each_block(grid, block)
+            if order is not None:
+                order.finish()
+            return Tokens(codes, None, scale, order)
+
+        return emit
+
+    return through_experts(sizes, target, declare)
 
 
 def _arguments(grid: tuple[Any, ...], channels: int) -> tuple[Any, Any, Any]:

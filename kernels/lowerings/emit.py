@@ -45,6 +45,15 @@ def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
     return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=DataType(dtype).itemsize)
 
 
+def rows_of(tokens: Any) -> Any:
+    """An argument ``(images, tokens, n)`` as rows of n, once all arguments are declared.
+
+    A view of each tensor would cost the caller more than a small kernel's router.
+    """
+    images, each, n = tokens.shape
+    return T.decl_buffer((images * each, n), tokens.dtype, data=tokens.data)
+
+
 def inside(place: Any, size: Any) -> Any:
     """Whether an index lies in an extent."""
     return tirx.And(place >= 0, place < size)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from tvm import tirx
-
 from kernels.lowerings.emit import LANES
 from kernels.lowerings.inner_product import bf16_dot, fma, int8_dot
-from kernels.lowerings.panel_gemm import Stored, linear_panels
+from kernels.lowerings.panel_product import Arithmetic, Stored
 from kernels.packing import BF16_GROUP, DOT_GROUP
 from kernels.targets import KernelTarget
-from kernels.workload import Workload
 
 
-def panels(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def panels(target: KernelTarget) -> Arithmetic:
     """fp32 weights by fused multiply-add."""
-    return linear_panels(workload, target, schedule, fma(), Stored("float32", LANES))
+    return Arithmetic(fma(), Stored("float32", LANES))
 
 
-def pairs(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def pairs(target: KernelTarget) -> Arithmetic:
     """bf16 weights by dot products of pairs."""
-    stored = Stored("int16", LANES * BF16_GROUP)
-    return linear_panels(workload, target, schedule, bf16_dot(target), stored)
+    return Arithmetic(bf16_dot(target), Stored("int16", LANES * BF16_GROUP))
 
 
-def dot(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def dot(target: KernelTarget) -> Arithmetic:
     """int8 weights by integer dot products."""
-    stored = Stored("int8", LANES * DOT_GROUP)
-    return linear_panels(workload, target, schedule, int8_dot(target), stored)
+    return Arithmetic(int8_dot(target), Stored("int8", LANES * DOT_GROUP))

@@ -7,9 +7,8 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.activations import normalise_row, quantise_row
+from kernels.lowerings.activations import normalise_row
 from kernels.lowerings.emit import LANES, argument, at, fill, lanes_total, local, program
-from kernels.packing import DOT_GROUP
 from kernels.targets import KernelTarget
 
 
@@ -31,40 +30,10 @@ def top1_routing(k: int, experts: int, layer_norm: bool, target: KernelTarget) -
     def body() -> None:
         m = T.int32()
         x, gate, bias, norm = _given(m, k, experts, layer_norm)
-        order = Order(m, experts)
+        order = Order.arguments(m, experts)
         with T.parallel(0, m) as token:
             source, row = _normalised(x, token, k, norm)
             choose(source, row, k, gate, bias, order, token)
-        order.finish()
-
-    return program(body)
-
-
-def routing_codes(k: int, experts: int, layer_norm: bool, target: KernelTarget) -> tirx.PrimFunc:
-    """``main(x, gate, bias, [norm,] codes, scale, rows, probability, counts)``: quantises as well.
-
-    A token is normalised and quantised once, whichever expert it goes to.
-
-    Shapes: as for ``top1_routing``; uint8 codes ``(m, padded)`` with k padded to whole groups, and
-    fp32 scale ``(m,)``, of ``kernels.lowerings.activations.quantise_row``.
-
-    Args:
-        k: Features of a token.
-        experts: At least 2.
-        layer_norm: Whether x is normalised first.
-        target: The CPU.
-    """
-
-    def body() -> None:
-        m = T.int32()
-        x, gate, bias, norm = _given(m, k, experts, layer_norm)
-        codes = argument("codes", (m, -(-k // DOT_GROUP) * DOT_GROUP), "uint8")
-        scale = argument("scale", (m,), "float32")
-        order = Order(m, experts)
-        with T.parallel(0, m) as token:
-            source, row = _normalised(x, token, k, norm)
-            choose(source, row, k, gate, bias, order, token)
-            quantise_row(source, row, k, codes, token, scale)
         order.finish()
 
     return program(body)
@@ -86,20 +55,38 @@ def _normalised(x: Any, token: Any, k: int, norm: Any) -> tuple[Any, Any]:
 
 
 class Order:
-    """The tokens in the order of their experts: the last arguments of a kernel that routes.
+    """The tokens in the order of their experts, as ``top1_routing`` has it.
 
     Args:
         m: Tokens.
-        experts: At least 2.
+        rows, probability, counts: Where it goes.
     """
 
-    def __init__(self, m: Any, experts: int) -> None:
-        self.m, self.experts = m, experts
-        self.rows = argument("rows", (m,), "int32")
-        self.probability = argument("probability", (m,), "float32")
-        self.counts = argument("counts", (experts,), "int32")
+    def __init__(self, m: Any, rows: Any, probability: Any, counts: Any) -> None:
+        self.m, self.experts = m, int(counts.shape[0])
+        self.rows, self.probability, self.counts = rows, probability, counts
         self.choice = T.alloc_buffer((m,), "int32", scope="global")
         self.chosen = T.alloc_buffer((m,), "float32", scope="global")
+
+    @classmethod
+    def arguments(cls, m: Any, experts: int) -> Order:
+        """For a kernel whose last arguments it is."""
+        return cls(
+            m,
+            argument("rows", (m,), "int32"),
+            argument("probability", (m,), "float32"),
+            argument("counts", (experts,), "int32"),
+        )
+
+    @classmethod
+    def workspace(cls, m: Any, experts: int) -> Order:
+        """For a kernel that goes on with it."""
+        return cls(
+            m,
+            T.alloc_buffer((m,), "int32", scope="global"),
+            T.alloc_buffer((m,), "float32", scope="global"),
+            T.alloc_buffer((experts,), "int32", scope="global"),
+        )
 
     def finish(self) -> None:
         """Emits a counting sort, which keeps the order of each expert's tokens."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings import mult
 from kernels.lowerings.emit import LANES, fill
 from kernels.lowerings.inner_product import bf16_dot, fma, int8_dot
-from kernels.lowerings.panel_gemm import Stored, linear_panels
+from kernels.lowerings.panel_product import Arithmetic, Stored
 from kernels.packing import BF16_GROUP, DOT_GROUP, NIBBLE_RUN, PLANE_EXPONENTS
 from kernels.targets import KernelTarget
-from kernels.workload import Workload
 
 _RUN = LANES * DOT_GROUP
 _FP32_MANTISSA_BITS = 23
@@ -46,16 +44,16 @@ def _to_bf16(codes: Any) -> Any:
     return _to_float(16, LANES * BF16_GROUP, _BF16_MANTISSA_BITS, codes)
 
 
-def panels(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def panels(target: KernelTarget) -> Arithmetic:
     """One-byte codes unpacked to fp32 in registers: a quarter of the weight traffic."""
     stored = Stored("int8", LANES, (_to_fp32,))
-    return linear_panels(workload, target, schedule, fma(), stored)
+    return Arithmetic(fma(), stored)
 
 
-def pairs(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def pairs(target: KernelTarget) -> Arithmetic:
     """One-byte codes unpacked to bf16, in which ±2^p is exact: half of bf16's weight traffic."""
     stored = Stored("int8", LANES * BF16_GROUP, (_to_bf16,))
-    return linear_panels(workload, target, schedule, bf16_dot(target), stored)
+    return Arithmetic(bf16_dot(target), stored)
 
 
 def _table(target: KernelTarget, entries: list[int], index: Any) -> Any:
@@ -95,13 +93,13 @@ def _from_nibbles(target: KernelTarget, packed: Any) -> Any:
     return tirx.Cast("int8x64", magnitude * sign)
 
 
-def nibbles(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def nibbles(target: KernelTarget) -> Arithmetic:
     """Codes of four bits, looked up in registers on their way to the dot product.
 
     Half of the weight traffic of int8 for one look-up a panel row and tile.
     """
     stored = Stored("uint8", NIBBLE_RUN // 2, (partial(_from_nibbles, target),))
-    return linear_panels(workload, target, schedule, int8_dot(target), stored)
+    return Arithmetic(int8_dot(target), stored)
 
 
 def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
@@ -123,12 +121,8 @@ def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
     return decode
 
 
-def planes(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
+def planes(target: KernelTarget) -> Arithmetic:
     """Fourteen exponents in one-byte codes: two dot products, of the small and the large powers."""
     decoders = tuple(_from_plane(target, plane) for plane in range(2))
     stored = Stored("int8", _RUN, decoders, 2.0**PLANE_EXPONENTS)
-    return linear_panels(workload, target, schedule, int8_dot(target), stored)
-
-
-# ±2^p held as int8 in the integer dot product: mult's kernel to the instruction.
-dot = mult.dot
+    return Arithmetic(int8_dot(target), stored)

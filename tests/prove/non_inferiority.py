@@ -26,6 +26,7 @@ from profiler.command_line import EXIT_VERDICT_AGAINST, BadInput, output_folder,
 from reparam.ablate import find_table
 from reparam.ablation_results import AblationUnit
 from reparam.ablation_summary import mean_interval
+from reparam.ablation_training import default_workers, train_draws
 from reparam.ablation_unit import Study, Unit, check_units, run_unit
 from reparam.ablation_variants import ORIGINAL, VARIANTS
 from reparam.convert import ConversionError
@@ -91,18 +92,22 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder.")] = Path("runs/prove"),
     folds: Annotated[int, typer.Option(min=1, max=FOLDS, help="Only the first.")] = FOLDS,
     seeds: Annotated[int, typer.Option(min=1, help="Only the first.")] = 3,
+    workers: Annotated[int | None, typer.Option(min=1, help="As for reparam.ablate.")] = None,
 ) -> None:
     """Prints the figures and the verdict."""
     if variant not in VARIANTS or VARIANTS[variant].mlp != "moe":
         raise BadInput(f"--variant {variant}: is no MoE of the ablation")
     name, settings = load_recipe(recipe)
-    table = LatencyTable.load(find_table(latency_table, out))
+    table_file = find_table(latency_table, out)
+    table = LatencyTable.load(table_file)
     torch.set_num_threads(settings.threads)
     folder = output_folder(out / f"non_inferiority_{name}")
     study = Study(settings, table, None, folder, Console(stderr=True))
     draws = [(fold, seed) for fold in range(folds) for seed in range(seeds)]
     units = [(Unit(ORIGINAL, seed, fold), Unit(variant, seed, fold)) for fold, seed in draws]
-    check_units(study, [unit for pair in units for unit in pair])
+    every = [unit for pair in units for unit in pair]
+    check_units(study, every)
+    train_draws(study, table_file, every, workers or default_workers(settings))
     pairs = []
     for original, changed in units:
         pairs.append((run_unit(study, original), run_unit(study, changed)))

@@ -93,6 +93,21 @@ def test_units_are_kept_and_only_missing_ones_are_made(folder, quick, monkeypatc
     assert "original-seed0.json: recipe: is of another run" in str(other.exception)
 
 
+def test_seeds_trained_side_by_side_are_the_same(folder, quick):
+    found = {}
+    for workers in ("1", "2"):
+        more = ["--variants", "moe_balance", "--seeds", "2", "--workers", workers]
+        assert invoke(folder, *more).exit_code == 0
+        units = sorted((folder / "ablation").glob("*.json"))
+        found[workers] = {path.name: AblationUnit.load(path).correct for path in units}
+        (folder / "ablation").rename(folder / f"by-{workers}")
+    assert len(found["1"]) == 4 and found["1"] == found["2"]
+    for name in ("stage1", "add", "moe_balance"):
+        kept = [folder / f"by-{n}" / "seed1" / f"{name}.safetensors" for n in "12"]
+        if kept[0].exists():
+            assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
 def test_bad_input_is_named_before_anything_is_written(folder, tmp_path):
     for more, word in (
         (("--preset", "none"), "--preset none"),

@@ -162,7 +162,7 @@ def test_codes_lie_between_the_linears_of_a_pvt_mlp_unless_someone_looks(mlp):
             if isinstance(part, DeployedDepthwiseMlp):
                 part.fc2.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
         by_steps = deployed(x)
-    assert (("shiftadd", "depthwise_linear") in map(tuple, recorder.calls)) == (mlp != "shift_fp32")
+    assert (("shiftadd", "depthwise_moe") in map(tuple, recorder.calls)) == (mlp != "shift_fp32")
     assert len(seen) == 2 and seen[0].shape == (2, 14 * 14, 256)
     torch.testing.assert_close(at_once, by_steps, rtol=1e-4, atol=1e-5)
 
@@ -171,11 +171,13 @@ def test_looking_at_each_expert_changes_nothing():
     model, _ = _converted(STAGE1, MOE)
     deployed, x = deploy(model), torch.randn(3, 1, 16, 16)
     with torch.no_grad():
-        expected = deployed(x)
-        for part in deployed.modules():
-            if isinstance(part, DeployedMoE):
-                part.by_steps = True
+        expected, seen = deployed(x), []
+        for layer in deployed.modules():
+            if isinstance(layer, DeployedMoE):
+                for expert in layer.experts.values():
+                    expert.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         torch.testing.assert_close(deployed(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen
 
 
 def test_a_deployed_model_compiles_and_exports():

@@ -1,0 +1,21 @@
+"""ARITHMETIC: what multiplies in each form of linear on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kernels.lowerings import mult, shift
+from kernels.lowerings.panel_product import Arithmetic
+from kernels.targets import KernelTarget
+
+ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
+    "mult_fp32": mult.panels,
+    "mult_bf16": mult.pairs,
+    "mult_int8": mult.dot,
+    "shift_fp32": shift.panels,
+    "shift_bf16": shift.pairs,
+    # ±2^p held as int8 in the integer dot product: mult's kernel to the instruction.
+    "shift_int8": mult.dot,
+    "shift_int8_wide": shift.planes,
+    "shift_int4": shift.nibbles,
+}
