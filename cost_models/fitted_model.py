@@ -119,13 +119,24 @@ class PhysicalCore(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class _Process:
-    """What evaluating the Gaussian process needs; lengths are in units of the length scales."""
+    """What evaluating the Gaussian process needs; lengths are in units of the length scales.
+
+    Attributes:
+        columns, scales: Of FEATURES, and the length scale of each.
+        points: Training shapes.
+        factor: Inverse of the Cholesky factor of their covariance.
+        weights: What the covariances with the training shapes are multiplied by for the mean.
+        distances: ``distances @ (1, x · x, x)`` are five times the squared distances of a point.
+        answers: ``factor`` and ``weights`` below it, for correlations instead of covariances.
+    """
 
     columns: NDArray[np.int64]
     scales: NDArray[np.float64]
     points: NDArray[np.float64]
     factor: NDArray[np.float64]
     weights: NDArray[np.float64]
+    distances: NDArray[np.float64]
+    answers: NDArray[np.float64]
 
 
 def matern52(squared: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -221,6 +232,16 @@ class FittedModel(BaseModel):
         return np.array([self.hull[name] for name in EXTENTS])
 
     @cached_property
+    def _limits(self) -> list[tuple[float, float]]:
+        """The hull in the order of EXTENTS."""
+        return [self.hull[name] for name in EXTENTS]
+
+    @cached_property
+    def _scaled(self) -> list[tuple[int, float]]:
+        """The columns of FEATURES, and their length scales."""
+        return list(zip(self.columns, self.length_scales.values()))
+
+    @cached_property
     def _process(self) -> _Process:
         names = list(self.length_scales)
         scales = np.array([self.length_scales[name] for name in names], dtype=float)
@@ -231,7 +252,12 @@ class FittedModel(BaseModel):
         noises[: self.foreign_rows] += self.foreign_noise
         factor = np.linalg.inv(np.linalg.cholesky(covariance + np.diag(noises)))
         weights = factor.T @ (factor @ np.array(self.residuals))
-        return _Process(columns, scales, points, factor, weights)
+        # Of a file that is none of ours they may overflow: then nothing usable comes out.
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = (points**2).sum(axis=1)[:, None]
+            distances = 5 * np.hstack((norms, np.ones_like(norms), -2 * points))
+            answers = self.variance * np.vstack((factor, weights))
+        return _Process(columns, scales, points, factor, weights, distances, answers)
 
     def predict(self, workload: Workload) -> Prediction:
         """Median and 90 % interval; wider by WIDEN_PER_OCTAVE for each octave outside the hull.
@@ -239,24 +265,39 @@ class FittedModel(BaseModel):
         Raises:
             OverflowError: On parameters or sizes that no float can answer for.
         """
-        sizes = Sizes(float(workload.b), float(workload.m), float(workload.k), float(workload.n))
-        process, facts = self._process, self._facts
+        sizes, facts = Sizes(workload.b, workload.m, workload.k, workload.n), self._facts
         latency_ms, variance = float(self.core.latency_ms(sizes, facts)), self.noise
+        logs = list(map(math.log2, extents(sizes, facts)))
         if self.length_scales:
-            octaves = [math.log2(sizes[column]) for column in process.columns]
-            across = process.points - np.array(octaves) / process.scales
-            covariance = self.variance * matern52(np.einsum("ij,ij->i", across, across))
-            explained = process.factor @ covariance
-            latency_ms *= math.exp(float(covariance @ process.weights))
-            variance += max(0.0, self.variance - float(explained @ explained))
-        logs = [math.log2(extent) for extent in extents(sizes, facts)]
-        outside = max(
-            max(low - value, value - high)
-            for value, (low, high) in zip(logs, (self.hull[name] for name in EXTENTS))
-        )
+            log_factor, left = self._learned(logs)
+            latency_ms *= math.exp(log_factor)
+            variance += left
+        outside = 0.0
+        for value, (low, high) in zip(logs, self._limits):
+            outside = max(outside, low - value, value - high)
         outside = outside if outside > _HULL_TOLERANCE else 0.0
         factor = math.exp(self.interval_width * math.sqrt(variance)) * WIDEN_PER_OCTAVE**outside
         return Prediction(latency_ms, latency_ms / factor, latency_ms * factor, outside)
+
+    def _learned(self, logs: Sequence[float]) -> tuple[float, float]:
+        """Mean of the process at one shape in octaves, and the variance that is left.
+
+        ``matern52`` of it, in few passes over short arrays: each costs more than its arithmetic.
+        """
+        process = self._process
+        point = [logs[column] / scale for column, scale in self._scaled]
+        against = np.array([1.0, sum(x * x for x in point), *point])
+        squared = process.distances @ against
+        np.maximum(squared, 0, out=squared)
+        distance = np.sqrt(squared)
+        squared /= 3
+        squared += distance
+        squared += 1
+        np.negative(distance, out=distance)
+        squared *= np.exp(distance, out=distance)
+        answers = process.answers @ squared
+        explained = answers[:-1]
+        return float(answers[-1]), max(0.0, self.variance - float(explained @ explained))
 
     def predict_many(self, workloads: Sequence[Workload] | Sizes) -> Predictions:
         """What ``predict`` says of each, without a loop: a sweep of shapes, or arrays of sizes."""

@@ -203,6 +203,11 @@ class LatencyTable(BaseModel):
         return known
 
     @cached_property
+    def _own(self) -> dict[str, tuple[str, ...]]:
+        """Of each form, the lowerings that are no baselines."""
+        return {form: self.lowerings(form, baselines=False) for form in self._known}
+
+    @cached_property
     def _answers(self) -> Callable[[Workload, str | None], Estimate]:
         return lru_cache(_ANSWERS)(self._answer)
 
@@ -278,7 +283,7 @@ class LatencyTable(BaseModel):
             raise TableError(
                 f"form {form!r} has no lowering {lowering!r}; known: {', '.join(known)}"
             )
-        asked = self.lowerings(form, baselines=False) if lowering is None else (lowering,)
+        asked = self._own[form] if lowering is None else (lowering,)
         if not asked:
             raise TableError(
                 f"form {form!r} has only baselines ({', '.join(known)}); name one as the lowering, "
@@ -290,6 +295,8 @@ class LatencyTable(BaseModel):
                 f"{workload.label} was not measured, and no model of {' or '.join(asked)} "
                 "applies to it; measure it with `python -m profiler.sweep`"
             )
+        if len(found) == 1:
+            return found[0]
         return min(found, key=lambda e: (e.source == "extrapolated", e.latency_ms))
 
     def _estimate(self, workload: Workload, lowering: str) -> Estimate | None:

@@ -18,6 +18,9 @@ from cost_models.overheads import LayerOverhead, beside_ms
 from cost_models.work import COUNTS, Work, WorkError
 from profiler.store import Measurement
 
+# An overhead is fitted on all models but one.
+_ENOUGH_MODELS = 3
+
 # Whose kernel computes a product of a row; None for the fastest of ours.
 KERNEL_OF: dict[str, str | None] = {"deployed": None, "torch": "torch.fp32"}
 
@@ -69,7 +72,8 @@ def predict_left_out(
         table: Of the device that counts.
 
     Returns:
-        The predictions, and by subject why a row has none.
+        The predictions, and by subject why a row has none. Rows of a core that another guest used
+        are left out, where there are enough others.
     """
     groups: dict[tuple[str, str], list[Predicted]] = {}
     skipped: dict[str, str] = {}
@@ -90,7 +94,20 @@ def predict_left_out(
             skipped[row.subject] = str(error)
         else:
             groups.setdefault((row.kind, row.lowering), []).append(found)
-    return [one for rows in groups.values() for one in _left_out(rows)], skipped
+    whole = {key: _of_whole_cores(rows) for key, rows in groups.items()}
+    for key, rows in groups.items():
+        if shared := len(rows) - len(whole[key]):
+            what = " ".join(key)
+            skipped[f"{what}: {shared} of {len(rows)} rows"] = (
+                "another guest of the host used the core as well"
+            )
+    return [one for rows in whole.values() for one in _left_out(rows)], skipped
+
+
+def _of_whole_cores(rows: list[Predicted]) -> list[Predicted]:
+    """As ``cost_models.training_rows`` does with kernels, where enough models are left."""
+    own = [one for one in rows if not one.row.on_shared_core]
+    return own if len({one.model for one in own}) >= _ENOUGH_MODELS else rows
 
 
 def _left_out(rows: Sequence[Predicted]) -> list[Predicted]:

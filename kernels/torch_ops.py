@@ -9,6 +9,7 @@ fp32 or bf16. ``kernels.layer_ops`` and ``kernels.expert_ops`` have those of who
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,12 @@ from kernels.workload import attention
 from kernels.workload import linear as linear_workload
 
 __all__ = ["last_dimension", "linear_kernel", "set_threads"]
+
+# By whether there is each of them.
+_AROUND = {
+    there: tuple(name for name, used in zip(AROUND, there) if used)
+    for there in itertools.product((False, True), repeat=len(AROUND))
+}
 
 
 def _target(device: torch.device) -> KernelTarget:
@@ -99,15 +106,14 @@ def _linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = rows.new_empty(rows.shape[0], n)
-    there = (norm is not None, gelu, residual is not None)
-    around = tuple(name for name, used in zip(AROUND, there) if used)
+    out = x.new_empty((*x.shape[:-1], n))
     beside = [] if norm is None else [norm]
     if residual is not None:
         beside.append(residual.reshape(-1, n).contiguous())
-    kernel = linear_kernel(form, rows.shape[1], n, rows.device, around)
-    kernel.launch(rows, *packed, *beside, out)
-    return out.view(*x.shape[:-1], n)
+    around = _AROUND[norm is not None, gelu, residual is not None]
+    kernel = linear_kernel(form, rows.shape[1], n, x.device, around)
+    kernel.launch(rows, *packed, *beside, out.view(-1, n))
+    return out
 
 
 def _add_kv(k: Tensor, v: Tensor, alphabet: str) -> Tensor:

@@ -43,7 +43,7 @@ from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
 from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
-from reparam.scaling import measure_scaling
+from reparam.scaling import attention_sizes, measure_scaling
 from reparam.scaling_result import Scaling
 from reparam.versus_torch import compare, force_share_
 from reparam.versus_torch_result import Comparison, VersusTorch
@@ -138,9 +138,12 @@ def main(
                 costs = list(dispatch_costs(case, part / 100, PRESETS[preset]))
                 console.print(dispatch_table(model, images, costs))
     if scaling:
+        sizes = attention_sizes(prepared(model)[1](0.5))
+        if sizes is None:
+            raise BadInput(f"--scaling: {model} has no attention that additions replace")
         console.print("growth of attention with its tokens: measuring, in turns")
-        rows = measure_scaling(PRESETS[preset])
-        found = Scaling(**header, rows=rows)
+        rows = measure_scaling(PRESETS[preset], *sizes)
+        found = Scaling(**header, heads=sizes[0], head_dim=sizes[1], rows=rows)
         found.save(folder / "scaling.json")
         console.print(found.table())
     if known is not None:

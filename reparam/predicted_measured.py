@@ -28,6 +28,7 @@ from reparam.watched_work import work_of
 
 RUN = "predicted-versus-measured"
 SHARES = tuple(range(0, 101, 10))
+_TRIES = 3
 _NO_ENERGY = "only latency was asked for"
 
 
@@ -132,8 +133,18 @@ def _arguments(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tenso
 def _timed(
     launches: Mapping[str, Callable[[], Any]], settings: TimingSettings
 ) -> dict[str, Timing]:
+    """Those whose core another guest used are timed again, a few times."""
+    timings: dict[str, Timing] = {}
     with torch.no_grad():
-        return measure_interleaved(dict(launches), settings)
+        for _ in range(_TRIES):
+            left = {
+                name: launch
+                for name, launch in launches.items()
+                if name not in timings or timings[name].on_shared_core
+            }
+            if left:
+                timings |= measure_interleaved(left, settings)
+    return timings
 
 
 def _kernels(work: Work, lowering: str, table: LatencyTable) -> dict[str, Any]:

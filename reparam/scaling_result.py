@@ -16,7 +16,6 @@ from reparam.results import Interval
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
-HEADS, HEAD_DIM = 3, 64
 # Growth is fitted where the tokens outweigh what a launch costs.
 FIT_FROM = 1024
 
@@ -43,7 +42,11 @@ class ScalingRow(BaseModel):
 
 
 class Scaling(BaseModel):
-    """Schema of scaling.json: batch 1, 3 heads of 64 features, from queries, keys and values."""
+    """Schema of scaling.json: batch 1, from queries, keys and values.
+
+    Attributes:
+        heads, head_dim: Those of the first attention of the model that was named.
+    """
 
     model_config = _FROZEN
 
@@ -52,8 +55,8 @@ class Scaling(BaseModel):
     device: DeviceInfo
     command: str
     created_at: str
-    heads: int = HEADS
-    head_dim: int = HEAD_DIM
+    heads: int
+    head_dim: int
     rows: list[ScalingRow]
 
     def save(self, path: Path) -> None:

@@ -17,6 +17,7 @@ from profiler.timing import measure_interleaved
 from reparam.deployed_mlps import DeployedMoE
 from reparam.moe import MoEMlp
 from reparam.one_pass import watched
+from reparam.other_runtimes import runtime_contestants
 from reparam.results import Interval
 from reparam.versus_torch_result import Comparison, Contestant
 
@@ -131,7 +132,7 @@ def compare(
     example: Tensor,
     settings: TimingSettings,
 ) -> Comparison:
-    """Times ours and PyTorch's ways of one model in turns, in one run.
+    """Times ours, PyTorch's ways of one model and other runtimes in turns, in one run.
 
     Args:
         name: Of the model.
@@ -140,14 +141,17 @@ def compare(
         example: ``(b, c, h, w)``.
         settings: How precisely.
     """
-    models: dict[str, nn.Module] = {}
+    of_torch: dict[str, Callable[[Tensor], Any]] = {}
+    others: dict[str, Callable[[Tensor], Any]] = {}
     failed: dict[str, str] = {}
-    for way, model, reason in torch_contestants(original, example):
-        if model is None:
-            failed[way] = reason
-        else:
-            models[way] = model
-    launches = {way: partial(model, example) for way, model in (models | deployed).items()}
+    for found, contestants_of in ((of_torch, torch_contestants), (others, runtime_contestants)):
+        for way, run, reason in contestants_of(original, example):
+            if run is None:
+                failed[way] = reason
+            else:
+                found[way] = run
+    every = of_torch | others | deployed
+    launches = {way: partial(run, example) for way, run in every.items()}
     with torch.no_grad():
         timings = measure_interleaved(launches, settings)
     contestants = [
@@ -162,7 +166,7 @@ def compare(
         Contestant(name=way, ours=False, latency_ms=None, reason=reason)
         for way, reason in failed.items()
     ]
-    known = {way: t.latency_ms for way in models if (t := timings[way]).latency_ms is not None}
+    known = {way: t.latency_ms for way in of_torch if (t := timings[way]).latency_ms is not None}
     best = min(known, key=lambda way: known[way]) if known else None
 
     def speedups(against: str | None) -> dict[str, Interval]:

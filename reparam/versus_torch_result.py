@@ -36,7 +36,7 @@ class Comparison(BaseModel):
     """All ways to run one model at one batch, measured in turns.
 
     Attributes:
-        contestants: Every way that was tried.
+        contestants: Every way that was tried, those of other runtimes among them.
         best_torch: The fastest of PyTorch's; None if none ran.
         speedup: By name of ours, latency of ``best_torch`` over its own, with 95 % interval.
         speedup_eager: The same against fp32 eager.

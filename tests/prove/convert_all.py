@@ -1,22 +1,26 @@
-"""Converts one small model of every family that timm has, and prints what became of each.
+"""Converts and deploys one small model of every family that timm has; prints what became of each.
 
     .venv/bin/python tests/prove/convert_all.py [NAME ...]
 
 Random weights and noise, so that nothing is downloaded. A line says for each form how many
 attentions and linears were converted and left alone, the relative error of the logits without any
-training, and the first reason why something stayed; a model that fails otherwise ends in FAILED,
-and the command with 1.
+training, and the first reason why something stayed. The last line of a model says how far its
+deployed form, all at once, is from the converted one: codes within rounding of a threshold fall on
+either side of it, and without training nothing keeps them from doing so. A model that fails
+otherwise ends in FAILED, and the command with 1.
 """
 
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import timm
 import torch
 
 from reparam.attention_structure import example_input
 from reparam.convert import Conversion, ConversionError, ReparamConfig, reparameterize_
+from reparam.deploy import deploy
 
 MODELS = [
     "vit_tiny_patch16_224",
@@ -80,6 +84,15 @@ MODELS = [
     "resnet10t",
 ]
 
+# What a deployed model consists of, one after the other: a model may have nothing for one of them.
+DEPLOYED = (
+    ReparamConfig(attention="add"),
+    ReparamConfig(attention_linears="shift_int8"),
+    ReparamConfig(mlp="moe"),
+)
+# Off by more, something was computed wrongly.
+FARTHEST = 0.25
+
 FORMS = {
     "linear": ReparamConfig(attention="add", drop_bias=True),
     "quadratic": ReparamConfig(attention="quadratic"),
@@ -105,6 +118,27 @@ def converted(name: str, config: ReparamConfig) -> tuple[str, bool]:
     off = "logits all 0, as the head starts" if error is None else f"logits off by {error:.0%}"
     survived = y.shape == expected.shape and bool(y.isfinite().all())
     return f"{_counts(done)}, {off}{_reason(done)}", survived
+
+
+@torch.no_grad()
+def deployed(name: str) -> tuple[str, bool]:
+    """How far a deployed model is from the one it was made of, and whether it survived."""
+    torch.manual_seed(0)
+    model, done = timm.create_model(name).eval(), 0
+    x = example_input(model)
+    for config in DEPLOYED:
+        try:
+            done += len(reparameterize_(model, config).converted)
+        except ConversionError:
+            continue
+    if not done:
+        return "nothing to deploy", True
+    expected, y = model(x), deploy(model)(x)
+    survived = y.shape == expected.shape and bool(y.isfinite().all())
+    if not expected.any():
+        return f"{done} layers, logits all 0, as the head starts", survived
+    error = float((y - expected).norm() / expected.norm())
+    return f"{done} layers, logits off by {error:.1%}", survived and error < FARTHEST
 
 
 def _without_attention(model: torch.nn.Module, config: ReparamConfig) -> ReparamConfig:
@@ -136,17 +170,18 @@ def main(names: list[str]) -> int:
     """Prints the table; 1 if a model failed."""
     failed = 0
     for name in names or MODELS:
-        for form, config in FORMS.items():
+        steps = {form: partial(converted, name, config) for form, config in FORMS.items()}
+        for form, step in (steps | {"deployed": partial(deployed, name)}).items():
             start = time.perf_counter()
             try:
-                what, survived = converted(name, config)
+                what, survived = step()
             except Exception as error:  # whatever a model raises is what this is to find
                 what, survived = f"{type(error).__name__}: {error}", False
             seconds = time.perf_counter() - start
             failed += not survived
             mark = "" if survived else "  FAILED"
             print(f"{name:32} {form:9} {seconds:5.1f} s  {what}{mark}", flush=True)
-    print(f"{len(names or MODELS)} models, {failed} failed conversions")
+    print(f"{len(names or MODELS)} models, {failed} failures")
     return 1 if failed else 0
 
 

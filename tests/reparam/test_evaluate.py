@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from cost_models.latency_table import LatencyTable
+from profiler.samples import TimingSettings
+from reparam import other_runtimes
 from reparam.evaluate import prepared
 from reparam.moe import moe_layers
+from reparam.scaling import attention_sizes, measure_scaling
+from reparam.versus_torch import compare
 
 
 def refused(folder, *arguments):
@@ -39,6 +44,52 @@ def test_bad_input_is_named(tmp_path, foreign_table):
         out, "--predicted-versus-measured", "--table", tmp_path / "absent.json"
     )
     assert "--batch" in refused(out, "--scaling", "--batch", "none")
+
+
+def test_attention_grows_as_that_of_the_model_that_is_named():
+    _, deployed_at = prepared("pvt_v2_b0")
+    assert attention_sizes(deployed_at(0.5)) == (1, 32)
+    assert attention_sizes(torch.nn.Linear(2, 2)) is None
+    rows = measure_scaling(TimingSettings(max_time_s=0.2), 2, 16, tokens=(64,))
+    assert [row.way for row in rows] == ["add", "softmax", "softmax, matrix"]
+    assert all(row.peak_bytes >= 64 * 2 * 16 * 4 for row in rows)
+
+
+def test_other_runtimes_are_measured_where_installed_and_say_why_they_fail(monkeypatch):
+    model, x = torch.nn.Linear(3, 2), torch.randn(1, 3)
+    runtimes = {
+        "there": (("torch",), lambda model, example: model),
+        "fails": (("torch",), lambda model, example: 1 / 0),
+        "absent": (("torch", "no_such_package"), lambda model, example: model),
+    }
+    monkeypatch.setattr(other_runtimes, "_RUNTIMES", runtimes)
+    found = {name: (run, why) for name, run, why in other_runtimes.runtime_contestants(model, x)}
+    assert list(found) == ["there", "fails"]
+    assert found["there"][0] is model and found["fails"] == (None, "failed: division by zero")
+    comparison = compare("linear", model, {"ours": model}, x, TimingSettings(max_time_s=0.2))
+    ways = [one.name for one in comparison.contestants]
+    assert {"there", "fails", "eager fp32", "ours"} <= set(ways)
+    assert comparison.best_torch != "there"
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("onnxruntime", "onnx", "onnxscript"))), reason="not installed"
+)
+def test_onnx_runtime_computes_the_same():
+    _computes_the_same("ONNX Runtime fp32")
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="not installed")
+def test_openvino_computes_the_same():
+    _computes_the_same("OpenVINO fp32")
+
+
+def _computes_the_same(name):
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.GELU()).eval(), torch.randn(2, 8)
+    with torch.no_grad():
+        launches = {way: run for way, run, _ in other_runtimes.runtime_contestants(model, x)}
+        found = torch.as_tensor(launches[name](x))
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_whose_attention_cannot_be_linear_is_deployed_with_its_own(capsys):

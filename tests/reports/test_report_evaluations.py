@@ -74,7 +74,7 @@ def test_whole_models_say_how_much_faster_and_how_sure(tmp_path):
 
 
 def test_growth_has_the_exponents_of_each_way(tmp_path):
-    Scaling(**HEADER, rows=attention_rows()).save(tmp_path / "scaling.json")
+    Scaling(**HEADER, heads=3, head_dim=64, rows=attention_rows()).save(tmp_path / "scaling.json")
     section = scaling(load_run(tmp_path))
     assert "add grows with tokens to the power of 1.00" in section.lead[0]
     assert "softmax grows with tokens to the power of 2.00" in section.lead[0]
@@ -84,7 +84,7 @@ def test_growth_has_the_exponents_of_each_way(tmp_path):
 
 def test_evaluations_alone_are_a_run_and_markup_in_them_is_text(tmp_path):
     versus_torch().save(tmp_path / "versus_torch.json")
-    Scaling(**HEADER, rows=attention_rows()).save(tmp_path / "scaling.json")
+    Scaling(**HEADER, heads=3, head_dim=64, rows=attention_rows()).save(tmp_path / "scaling.json")
     text = build(tmp_path)[0].read_text()
     assert "compile &lt;i&gt;" in text and "compile <i>" not in text
     assert "reparam.evaluate &lt;b&gt;" in text
@@ -93,7 +93,7 @@ def test_evaluations_alone_are_a_run_and_markup_in_them_is_text(tmp_path):
 @pytest.mark.parametrize("section, named", [(rivals, "--versus-torch"), (scaling, "--scaling")])
 def test_without_them_the_command_is_named(tmp_path, section, named):
     versus = versus_torch()
-    (versus if section is scaling else Scaling(**HEADER, rows=[])).save(
+    (versus if section is scaling else Scaling(**HEADER, heads=3, head_dim=64, rows=[])).save(
         tmp_path / ("versus_torch.json" if section is scaling else "scaling.json")
     )
     assert named in section(load_run(tmp_path)).missing
