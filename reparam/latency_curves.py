@@ -7,6 +7,7 @@ deployed batch serves a training batch of any size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -20,15 +21,14 @@ from torch import Tensor, nn
 
 from cost_models.overheads import LayerOverhead
 from kernels.workload import Workload
+from reparam.deploy import deploy
 from reparam.expert_latency import Estimate, layer_workloads, undecided
 from reparam.moe import MoEMlp, moe_layers
-from reparam.mult import MultLinear
-from reparam.shift import ShiftLinear
+from reparam.watched_work import work_beside_experts
 
 Schedule = Literal["sequential", "parallel"]
 
 GRID_POINTS = 17
-_LINEARS = (ShiftLinear, MultLinear, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class ModelCurves:
     Attributes:
         layers: By qualified name of the MoE layer.
         rest_ms: What no dispatch changes: routers, converted layers outside of MoE and, where it
-            was measured, what MoE layers take beside their kernels.
+            was measured, what MoE layers take beside their kernels; or everything else that the
+            deployed model does, where whole models were measured.
     """
 
     layers: Mapping[str, LayerCurves]
@@ -144,6 +145,7 @@ def latency_curves(
     schedule: Schedule = "sequential",
     points: int = GRID_POINTS,
     overhead: LayerOverhead | None = None,
+    whole: LayerOverhead | None = None,
 ) -> ModelCurves:
     """Asks a latency table for the curves of a model.
 
@@ -155,6 +157,7 @@ def latency_curves(
         points: Of each grid, 0 tokens included.
         overhead: What a measured layer takes beside its kernels: ``LatencyTable.overhead``; None
             where none was fitted, then the curves are of the kernels alone.
+        whole: Likewise of measured deployed models: with it the latency is that of the whole model.
 
     Raises:
         ValueError: If the model has no MoE layer.
@@ -198,6 +201,10 @@ def latency_curves(
             torch.tensor(np.stack([_monotone(grid, each) for each in latencies])).float(),
             schedule,
         )
+    if whole is not None:
+        work = work_beside_experts(deploy(copy.deepcopy(model).cpu()), example.cpu())
+        kernels_ms = sum(number * latency_ms(w) for w, number in work.products.items())
+        return ModelCurves(layers, whole.latency_ms(kernels_ms, work.counts))
     fixed_ms = {fqn: total_ms(workloads) for fqn, workloads in fixed.items()}
     if overhead is not None:
         # Routing as it is deployed, in place of the product that it was looked up as. Which expert
@@ -209,10 +216,9 @@ def latency_curves(
 
 def _counts(fqn: str, layer: MoEMlp, tokens: int) -> dict[str, float]:
     """What a layer does beside the products of its experts, in the names of COUNTS."""
-    linears = sum(isinstance(part, _LINEARS) for part in layer.experts.modules())
     counts = {
         "calls": 1.0,
-        "operators": 1.0 + linears,
+        "operators": 1.0,
         "routed": float(tokens * layer.router.gate.in_features),
         "routed_tokens": float(tokens),
     }

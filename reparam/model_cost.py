@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable, TableError
+from cost_models.overheads import LayerOverhead
 from profiler.device import DeviceInfo
 from profiler.energy import (
     EnergyReading,
@@ -24,6 +25,7 @@ from profiler.timing import measure_interleaved
 from reparam.expert_latency import layer_workloads
 from reparam.moe import moe_layers
 from reparam.results import Interval
+from reparam.watched_work import work_of
 
 # Whole models draw power for long enough that short windows suffice.
 ENERGY_SETTINGS = EnergySettings(windows=3, window_s=1.0, idle_s=1.0)
@@ -31,10 +33,10 @@ ENERGY_SETTINGS = EnergySettings(windows=3, window_s=1.0, idle_s=1.0)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Latency of a model's converted layers from a latency table.
+    """Latency of a model, or of its converted layers, from a latency table.
 
     Attributes:
-        latency_ms: Sum of the layers with its interval; None where there is nothing to sum.
+        latency_ms: With its interval; None where there is nothing to sum.
         note: What the sum covers, or why there is none.
     """
 
@@ -106,18 +108,24 @@ def predict_latency(
     example: Tensor,
     table: LatencyTable,
     shares: Mapping[str, Mapping[str, float]],
+    deployed: nn.Module | None = None,
 ) -> Prediction:
-    """Sums what the table says of each converted layer, one kernel after the other.
+    """Sums what the table says of each kernel, one after the other.
 
-    Normalisation, activation, routing and all layers that were not converted are not in it. The
-    ends of the interval are summed as well, as if all errors went the same way.
+    With a deployed model, and a table that was fitted on measured models too, it is the latency of
+    the whole model. Else normalisation, activation, routing and all layers that were not converted
+    are not in it. The ends of the interval are summed as well, as if all errors went the same way.
 
     Args:
         model: Converted model.
         example: Input at the deployed batch.
         table: Latencies by workload.
         shares: Share of tokens by MoE layer and expert.
+        deployed: What was made of the model; routes the tokens of the example itself.
     """
+    whole = table.overhead("model", "deployed")
+    if deployed is not None and whole is not None:
+        return _predict_whole(deployed, example, table, whole)
     layer_workloads(model, example)  # runs the routers once: each layer's number of tokens
     expert_tokens = {
         fqn: _split(int(layer.routing.counts.sum()), shares[fqn])
@@ -140,6 +148,27 @@ def predict_latency(
         ),
         f"sum over the kernels of {len(layers)} converted layers, nothing else"
         + (f"; {unsure} of {len(estimates)} kernels extrapolated" if unsure else ""),
+    )
+
+
+def _predict_whole(
+    deployed: nn.Module, example: Tensor, table: LatencyTable, whole: LayerOverhead
+) -> Prediction:
+    work = work_of(deployed, example)
+    try:
+        estimates = [(number, table.lookup(w)) for w, number in work.products.items()]
+    except TableError as error:
+        return Prediction(None, str(error))
+    ends = [
+        sum(number * getattr(estimate, end) for number, estimate in estimates)
+        for end in ("latency_ms", "low_ms", "high_ms")
+    ]
+    value, low, high = (whole.latency_ms(end, work.counts) for end in ends)
+    doubt = "" if whole.mape is None else f", off by {whole.mape:.0f} % on models left out"
+    return Prediction(
+        Interval(value=value, low=low, high=high),
+        f"the whole model: its kernels, and what was fitted beside those of {whole.models} measured"
+        f" models{doubt}",
     )
 
 

@@ -136,7 +136,7 @@ def _variant(
     with dispatch_shares(candidate.model) as shares:
         trained_guesses, labels = predict(candidate.model, data, "test", batch_size)
     guesses, _ = predict(deployed, data, "test", batch_size)
-    prediction = predict_latency(candidate.model, example, table, shares)
+    prediction = predict_latency(candidate.model, example, table, shares, deployed)
     differing = guesses != trained_guesses
     return VariantResult(
         name=candidate.name,

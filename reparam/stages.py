@@ -172,6 +172,7 @@ def latency_objective(
         example,
         variant.schedule,
         overhead=table.overhead("layer", "deployed"),
+        whole=table.overhead("model", "deployed"),
     ).to(example.device)
     low_ms, high_ms = curves.bounds_ms
     budget_ms = variant.latency_budget_ms

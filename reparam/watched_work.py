@@ -25,17 +25,26 @@ def work_of(model: nn.Module, *inputs: Any, **named: Any) -> Work:
         Products of ours in the forms that they have, torch's matrix products as ``mult_fp32``.
         Tokens are routed as these inputs are.
     """
-    watch = _Watch()
+    return _watched(_Watch(experts=True), model, inputs, named)
+
+
+def work_beside_experts(model: nn.Module, *inputs: Any, **named: Any) -> Work:
+    """The same without the products of routed experts: what no dispatch changes."""
+    return _watched(_Watch(experts=False), model, inputs, named)
+
+
+def _watched(watch: _Watch, model: nn.Module, inputs: Any, named: Any) -> Work:
     with evaluating(model), watch:
         model(*inputs, **named)
     return Work(dict(watch.products), {"calls": 1.0} | dict(watch.counts))
 
 
 class _Watch(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, experts: bool) -> None:
         super().__init__()
         self.products: Counter[Workload] = Counter()
         self.counts: Counter[str] = Counter()
+        self._experts = experts
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -59,11 +68,13 @@ class _Watch(TorchDispatchMode):
     def _dispatched(
         self, tokens: Tensor, norm: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None
     ) -> list[int]:
-        """Tokens of each expert."""
+        """Tokens of each expert, or none at all where nobody wants to know."""
         if gate is None:
             return [tokens.shape[0]]
         self.counts["routed"] += tokens.numel()
         self.counts["routed_tokens"] += tokens.shape[0]
+        if not self._experts:
+            return [0] * gate.shape[0]
         counts: list[int] = expert_ops.route(tokens, norm, gate, gate_bias)[2].tolist()
         return counts
 

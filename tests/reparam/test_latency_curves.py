@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cost_models.overheads import LayerOverhead
 from kernels.workload import linear
+from reparam.accuracy import dispatch_shares
 from reparam.convert import ReparamConfig, reparameterize_
+from reparam.deploy import deploy
 from reparam.latency_curves import LayerCurves, latency_curves, token_grid
+from reparam.watched_work import work_of
 
 
 class Answer:
@@ -117,3 +121,21 @@ def test_a_model_without_routers_is_refused():
         latency_curves(make_model("shift_int8"), lookup, torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="no MoE layer"):
         latency_curves(nn.Identity(), lookup, torch.randn(1))
+
+
+def test_with_measured_models_the_latency_is_that_of_the_whole_deployed_model():
+    model, example = make_model().eval(), torch.randn(3, 3, 32, 32)
+    costs = {"calls": 0.5, "operators": 0.01, "elements": 1e-5, "routed_tokens": 1e-4}
+    whole = LayerOverhead(
+        kind="model", lowering="deployed", costs_ms=costs, rows=4, models=4, mape=5.0
+    )
+    deployed = deploy(model)
+    work = work_of(deployed, example)
+    kernels_ms = sum(number * lookup(w).latency_ms for w, number in work.products.items())
+    with dispatch_shares(model) as shares, torch.no_grad():
+        model(example)
+    curves = latency_curves(model, lookup, example, whole=whole)
+    found = {fqn: torch.tensor(list(share.values())) for fqn, share in shares.items()}
+    expected = whole.latency_ms(kernels_ms, work.counts)
+    assert curves.model_latency_ms(found).item() == pytest.approx(expected, rel=1e-4)
+    assert curves.rest_ms < expected
