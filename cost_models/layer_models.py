@@ -156,9 +156,11 @@ def mape(predicted: Sequence[Predicted]) -> float | None:
 def _costs(rows: Sequence[Predicted]) -> dict[str, float]:
     """Non-negative least squares on the relative error of the latency."""
     measured = np.array([row.row.latency_ms for row in rows], dtype=float)
-    counts = np.array([[row.work.counts.get(name, 0.0) for name in COUNTS] for row in rows])
+    # A layer that is launched over and over has its weights in a cache.
+    names = [name for name in COUNTS if rows[0].row.kind == "model" or name != "weight_bytes"]
+    counts = np.array([[row.work.counts.get(name, 0.0) for name in names] for row in rows])
     left = 1 - np.array([row.kernel_ms for row in rows]) / measured
     relative = counts / measured[:, None]
     scale = np.maximum(relative.max(axis=0), 1e-300)
     costs = nnls(relative / scale, left)[0] / scale
-    return {name: float(cost) for name, cost in zip(COUNTS, costs) if cost > 0}
+    return {name: float(cost) for name, cost in zip(names, costs) if cost > 0}

@@ -18,10 +18,12 @@ COUNTS: dict[str, str] = {
     "routed_tokens": "that routers choose an expert for",
     "normalised": "features that a kernel normalises before its product",
     "normalised_tokens": "the tokens of those",
+    "activated": "features that a kernel takes a GELU of behind its product",
     "patch_elements": "that are copied into the rows of a convolution",
     "depthwise_macs": "of depthwise convolutions",
     "conv_macs": "of other convolutions",
     "attention_macs": "of softmax attentions",
+    "weight_bytes": "of all weights: a whole model brings them from memory in each pass",
 }
 
 _PRODUCTS, _COUNT = "products", "count."

@@ -24,11 +24,14 @@ from kernels.workload import Workload
 from reparam.deploy import deploy
 from reparam.expert_latency import Estimate, layer_workloads, undecided
 from reparam.moe import MoEMlp, moe_layers
+from reparam.mult import MultLinear
+from reparam.shift import ShiftLinear
 from reparam.watched_work import work_beside_experts
 
 Schedule = Literal["sequential", "parallel"]
 
 GRID_POINTS = 17
+_LINEARS = (ShiftLinear, MultLinear, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,10 @@ def _counts(fqn: str, layer: MoEMlp, tokens: int) -> dict[str, float]:
         "routed": float(tokens * layer.router.gate.in_features),
         "routed_tokens": float(tokens),
     }
+    linears = [part for part in layer.experts.modules() if isinstance(part, _LINEARS)]
+    if len(linears) == 2 * len(layer.experts):
+        # Between the two linears of an MLP lies its GELU.
+        counts["activated"] = float(tokens * linears[0].out_features)
     if fqn.rpartition(".")[2] != "fc2":
         # Deployed it does the layer norm in front, which the second linear of an MLP has not.
         counts |= {"normalised": counts["routed"], "normalised_tokens": float(tokens)}

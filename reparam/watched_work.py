@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,9 +84,15 @@ class _Watch(TorchDispatchMode):
             self.counts["normalised"] += x.numel()
             self.counts["normalised_tokens"] += x.shape[:-1].numel()
 
+    def _weights(self, weights: Iterable[Tensor]) -> None:
+        self.counts["weight_bytes"] += sum(weight.nbytes for weight in weights)
+
     def _linear(self, args: Any, result: Tensor) -> None:
-        x, _, form, n = args[:4]
+        x, packed, form, n = args[:4]
+        self._weights(packed)
         self._normalised(x, args[4] if len(args) > 4 else None)
+        if len(args) > 5 and args[5]:
+            self.counts["activated"] += result.numel()
         self._product(linear(form, x.shape[:-1].numel(), x.shape[-1], n))
 
     def _add_attention(self, args: Any, result: Tensor) -> None:
@@ -100,9 +107,11 @@ class _Watch(TorchDispatchMode):
         self.counts["elements"] += result.numel()
 
     def _moe(self, args: Any, result: Tensor) -> None:
-        x, norm, gate, gate_bias, _, forms, sizes, *_ = args
+        x, norm, gate, gate_bias, packed, forms, sizes, gelu, _ = args
         tokens = x.reshape(-1, x.shape[-1])
+        self._weights(packed)
         self._normalised(tokens, norm)
+        self.counts["activated"] += gelu * tokens.shape[0] * sizes[1]
         counts, depth = self._dispatched(tokens, norm, gate, gate_bias), len(sizes) - 1
         for expert, m in enumerate(counts):
             for step in range(depth) if m else ():
@@ -113,7 +122,8 @@ class _Watch(TorchDispatchMode):
         self.counts["depthwise_macs"] += args[1].shape[0] * result.numel()
 
     def _depthwise_moe(self, args: Any, result: Tensor) -> None:
-        x, weight, bias, height, gate, gate_bias, _, forms, n, _ = args
+        x, weight, bias, height, gate, gate_bias, packed, forms, n, _ = args
+        self._weights(packed)
         self.counts["depthwise_macs"] += weight.shape[0] * x.numel()
         hidden = layer_ops.depthwise_gelu(x, weight, bias, height, True).flatten(0, 1)
         for form, m in zip(forms, self._dispatched(hidden, None, gate, gate_bias)):
@@ -125,10 +135,12 @@ class _Watch(TorchDispatchMode):
 
     def _addmm(self, args: Any, result: Tensor) -> None:
         x, w = args[-2:]
+        self._weights([w])
         self._product(linear("mult_fp32", x.shape[0], x.shape[1], w.shape[1]))
 
     def _convolution(self, args: Any, result: Tensor) -> None:
         x, weight = args[:2]
+        self._weights([weight])
         is_depthwise = x.shape[1] > 1 and weight.shape[1] == 1
         name = "depthwise_macs" if is_depthwise else "conv_macs"
         self.counts[name] += result.numel() * weight[0].numel()
