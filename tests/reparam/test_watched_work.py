@@ -10,8 +10,9 @@ from kernels.build import get_threads
 from kernels.workload import attention, linear
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
+from reparam.deployed import DeployedLinear
 from reparam.versus_torch import force_share_
-from reparam.watched_work import work_of
+from reparam.watched_work import work_beside_experts, work_of
 
 
 def vit():
@@ -24,6 +25,11 @@ def converted():
     reparameterize_(model, ReparamConfig(attention="add"))
     reparameterize_(model, ReparamConfig(attention_linears="shift_int8", mlp="moe"))
     return deploy(model)
+
+
+def packed_bytes(model):
+    layers = [part for part in model.modules() if isinstance(part, DeployedLinear)]
+    return sum(tensor.nbytes for layer in layers for tensor in layer.packed)
 
 
 def test_a_torch_model_has_its_matrix_products_attentions_and_convolutions():
@@ -54,6 +60,14 @@ def test_a_deployed_model_has_the_products_of_its_kernels():
     assert sum(to_shift.values()) == sum(to_mult.values()) == 2
     assert work.counts["routed"] == 2 * 17 * 192
     assert work.counts["patch_elements"] == 16 * 3 * 16 * 16
+    assert work.counts["activated"] == 2 * 17 * 768
+    # The head is torch's, and without its bias.
+    assert work.counts["weight_bytes"] == packed_bytes(model) + 7 * 192 * 4
+    beside = work_beside_experts(model, x)
+    assert beside.counts == work.counts
+    assert set(work.products) - set(beside.products) == {
+        w for w in work.products if w.form in ("mult_int8", "shift_int8") and 768 in (w.k, w.n)
+    }
     assert "conv_macs" not in work.counts and "attention_macs" not in work.counts
 
 
