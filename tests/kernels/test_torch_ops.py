@@ -1,8 +1,11 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels import torch_ops
 from kernels.forms import FORMS as EVERY_FORM
+from kernels.operators import operator
 from kernels.packing import pack_linear, quantise_rows, quantise_weight
 from kernels.reference import Operands, oracle
 from kernels.workload import attention
@@ -98,3 +101,35 @@ def test_a_long_sequence_of_few_heads_gives_the_same_on_two_threads():
         results.append((kv, torch.ops.shiftadd.add_qkv(q, kv, "pm1")))
     torch_ops.set_threads(1)
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
+
+
+def test_an_operator_is_called_at_once_unless_someone_must_see_it():
+    seen = []
+
+    def double(x):
+        seen.append(x)
+        return 2 * x
+
+    library = "doubled_for_a_test"
+    call = operator(f"{library}(Tensor x) -> Tensor", double, torch.empty_like)
+    x = torch.randn(3)
+    assert call(x) is not None and seen.pop() is x
+    with torch.profiler.profile() as profile:
+        call(x)
+    assert f"shiftadd::{library}" in {event.key for event in profile.key_averages()}
+    with FakeTensorMode() as mode:
+        assert call(mode.from_tensor(x)).shape == x.shape
+    assert not any(isinstance(tensor, FakeTensor) for tensor in seen)
+    (node,) = [n for n in make_fx(call)(x).graph.nodes if n.op == "call_function"]
+    assert node.target is getattr(torch.ops.shiftadd, library).default
+    exported = torch.export.export(Called(call), (x,)).module()
+    torch.testing.assert_close(exported(x), 2 * x)
+
+
+class Called(torch.nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)

@@ -54,6 +54,14 @@ def command(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
+def interruptible():
+    """What a shell runs in the background starts with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def latencies(monkeypatch):
     """In place of the clock: schedule -> latency in ms, here the best is 6 rows."""
 
@@ -107,7 +115,7 @@ def test_the_fastest_schedule_is_recorded_for_each_linear(command, latencies, tm
 
 
 def test_an_interruption_leaves_whole_records_and_the_next_run_goes_on(
-    command, latencies, monkeypatch, tmp_path
+    command, latencies, monkeypatch, tmp_path, interruptible
 ):
     tune_one, done = tune.tune_one, []
 
