@@ -127,7 +127,7 @@ def test_a_load_runs_while_it_is_recorded_and_ends_with_it():
         load=lambda: launched.append(time.sleep(1e-3)),
     )
     assert trace.power_w is None
-    assert len(launched) > 5
+    assert launched
     assert threading.active_count() == threads
 
 
