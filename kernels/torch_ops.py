@@ -24,7 +24,15 @@ from kernels.targets import KernelTarget, cpu_target, cuda_target
 from kernels.workload import attention
 from kernels.workload import linear as linear_workload
 
-__all__ = ["last_dimension", "linear_kernel", "set_threads"]
+__all__ = [
+    "add_attention",
+    "add_kv",
+    "add_qkv",
+    "last_dimension",
+    "linear",
+    "linear_kernel",
+    "set_threads",
+]
 
 # By whether there is each of them.
 _AROUND = {

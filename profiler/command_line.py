@@ -44,8 +44,13 @@ def run(app: typer.Typer, errors: tuple[type[ValueError], ...] = ()) -> NoReturn
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def one_line(message: object) -> str:
+    """An error, or what it says, without line breaks."""
+    return " ".join(str(message).split())
 
 
 def explain(error: ValidationError) -> str:

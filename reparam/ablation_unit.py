@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -230,8 +229,7 @@ def _evaluated(
     )
     expected_ms = None
     if objective is not None and objective.curves is not None:
-        dispatch = {fqn: torch.tensor(list(share.values())) for fqn, share in shares.items()}
-        expected_ms = float(objective.curves.model_latency_ms(dispatch))
+        expected_ms = objective.curves.expected_ms(shares)
     experts = dict((variant and variant.experts) or study.recipe.experts)
     row = AblationRow(
         variant=unit.variant,

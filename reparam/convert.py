@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cost_models.advice_result import Advice
+from profiler.command_line import one_line
 from reparam.add_attention import (
     AddAttention,
     LinearCore,
@@ -124,7 +125,7 @@ def _watch(model: nn.Module, example: Tensor) -> ModelTrace:
     try:
         return trace(model, example)
     except Exception as error:  # whatever a model raises on an input that it does not take
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConversionError(
             f"example: {type(model).__name__} does not take {tuple(example.shape)}, pass one that"
             f" it takes: {reason}"

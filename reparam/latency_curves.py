@@ -76,7 +76,7 @@ class LayerCurves:
 
 @dataclass(frozen=True)
 class ModelCurves:
-    """Latency of a model's kernels as a function of the dispatch.
+    """Latency of a model, or of its kernels, as a function of the dispatch.
 
     Attributes:
         layers: By qualified name of the MoE layer.
@@ -110,6 +110,11 @@ class ModelCurves:
         """
         layers = [self.layers[fqn].layer_latency_ms(share) for fqn, share in shares.items()]
         return self.rest_ms + torch.stack(layers).sum()
+
+    def expected_ms(self, shares: Mapping[str, Mapping[str, float]]) -> float:
+        """The same of what ``reparam.accuracy.dispatch_shares`` has found."""
+        dispatch = {fqn: torch.tensor(list(share.values())) for fqn, share in shares.items()}
+        return float(self.to(torch.device("cpu")).model_latency_ms(dispatch))
 
     @cached_property
     def bounds_ms(self) -> tuple[float, float]:

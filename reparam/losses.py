@@ -146,7 +146,7 @@ def dispatched_share(routing: Routing) -> Tensor:
 
 
 def expected_latency_ms(model: nn.Module, curves: ModelCurves) -> Tensor:
-    """Latency of a model's kernels at the dispatch of its last forward pass, a scalar.
+    """What the curves say of the dispatch of a model's last forward pass, a scalar in ms.
 
     Args:
         model: With MoE layers that have been run.

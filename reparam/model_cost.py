@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.overheads import LayerOverhead
+from profiler.command_line import one_line
 from profiler.device import DeviceInfo
 from profiler.energy import (
     EnergyReading,
@@ -63,7 +64,7 @@ def compiled(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:
         candidate.compile()
         launch_of(candidate, example)()
     except Exception as error:  # whatever its back end raises, the other models are measured
-        return None, f"torch.compile failed: {' '.join(str(error).split())[:200]}"
+        return None, f"torch.compile failed: {one_line(error)[:200]}"
     return candidate, ""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from profiler.command_line import one_line
+
 Launch = Callable[[Tensor], Any]
 
 
@@ -70,6 +72,6 @@ def runtime_contestants(
             launch = prepare(model.eval(), example)
             launch(example)
         except Exception as error:  # whatever it raises, the others are measured
-            yield name, None, f"failed: {' '.join(str(error).split())[:200]}"
+            yield name, None, f"failed: {one_line(error)[:200]}"
         else:
             yield name, launch, ""

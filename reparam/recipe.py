@@ -88,8 +88,8 @@ class Variant(_Strict):
         latency_loss: ``balance``: the paper's, at whose minimum all experts take equally long;
             ``expected``: the layers' latency at the dispatch of the moment.
         schedule: Whether experts run one after the other or at once, for the expected latency.
-        latency_budget_ms: Most that the model's kernels shall take by the latency table; None to
-            have the expected latency as low as it can be.
+        latency_budget_ms: Most that the model shall take by the latency table, or its kernels where
+            no models were measured for it; None to have the latency as low as it can be.
         latency_budget_share: The same for a device not known yet: 0 is the fastest dispatch of
             that model, 1 the slowest.
     """

@@ -178,9 +178,7 @@ def _validate(
     validation_top1 = 100 * float((guesses == labels).float().mean())
     if objective is None or objective.curves is None:
         return validation_top1, None
-    curves = objective.curves.to(torch.device("cpu"))
-    dispatch = {fqn: torch.tensor(list(share.values())) for fqn, share in shares.items()}
-    return validation_top1, float(curves.model_latency_ms(dispatch))
+    return validation_top1, objective.curves.expected_ms(shares)
 
 
 def _optimiser(model: nn.Module, settings: Stage) -> torch.optim.AdamW:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from profiler.command_line import one_line
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed_mlps import DeployedMoE
@@ -77,7 +78,7 @@ def torch_contestants(
             with torch.no_grad():
                 candidate(example)
         except Exception as error:  # whatever its back end raises, the others are measured
-            yield name, None, f"failed: {' '.join(str(error).split())[:200]}"
+            yield name, None, f"failed: {one_line(error)[:200]}"
             continue
         yield name, candidate, ""
 

@@ -125,8 +125,11 @@ class _Watch(TorchDispatchMode):
         x, weight, bias, height, gate, gate_bias, packed, forms, n, _ = args
         self._weights(packed)
         self.counts["depthwise_macs"] += weight.shape[0] * x.numel()
-        hidden = layer_ops.depthwise_gelu(x, weight, bias, height, True).flatten(0, 1)
-        for form, m in zip(forms, self._dispatched(hidden, None, gate, gate_bias)):
+        hidden = x
+        if gate is not None and self._experts:
+            hidden = layer_ops.depthwise_gelu(x, weight, bias, height, True)
+        counts = self._dispatched(hidden.flatten(0, 1), None, gate, gate_bias)
+        for form, m in zip(forms, counts):
             if m:
                 self._product(linear(form, m, x.shape[-1], n))
 

@@ -158,6 +158,13 @@ def normalise_row(x: Any, row: Any, k: int, norm: Any) -> Any:
     return normalised
 
 
+def normalised(x: Any, row: Any, k: int, norm: Any) -> tuple[Any, Any]:
+    """Where a row lies once it is normalised: an array and a row of it; as it is without a norm."""
+    if norm is None:
+        return x, row
+    return normalise_row(x, row, k, norm), tirx.const(0, "int32")
+
+
 def copy_row(x: Any, row: Any, k: int, copies: Any, slot: Any) -> None:
     """One row as it is into ``copies[slot]``."""
 
@@ -183,14 +190,13 @@ def prepare_row(
         x: fp32 ``(m, k)``.
         row: Of x.
         k: Inputs.
-        fused: Whether ``layer_norm``, and ``quantise`` or ``cast``, as a workload has them.
-        norm: Of ``normalise_row``.
+        fused: Whether ``quantise`` or ``cast``, as a workload has them.
+        norm: Of ``normalised``.
         prepared: The row goes to ``prepared[slot]``.
         slot: Row of the workspace.
         row_scale: Of ``quantise_row``; None where it does not quantise.
     """
-    if "layer_norm" in fused:
-        x, row = normalise_row(x, row, k, norm), tirx.const(0, "int32")
+    x, row = normalised(x, row, k, norm)
     if "quantise" in fused:
         quantise_row(x, row, k, prepared, slot, row_scale)
     elif "cast" in fused:

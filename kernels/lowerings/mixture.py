@@ -16,23 +16,10 @@ import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.forms import FORMS, quantises
-from kernels.lowerings.activations import copy_row, normalise_row, prepare_row, quantise_row
+from kernels.lowerings.activations import copy_row, normalised, prepare_row, quantise_row
 from kernels.lowerings.arithmetic import ARITHMETIC
-from kernels.lowerings.emit import (
-    LANES,
-    argument,
-    at,
-    local,
-    program,
-    row_blocks,
-    rows_of,
-)
-from kernels.lowerings.panel_product import (
-    PREPARED,
-    PanelProduct,
-    prepared_group,
-    store_row,
-)
+from kernels.lowerings.emit import LANES, argument, at, local, program, row_blocks, rows_of
+from kernels.lowerings.panel_product import PREPARED, PanelProduct, prepared_group, store_row
 from kernels.lowerings.routing import Order, choose
 from kernels.packing import PANEL
 from kernels.targets import KernelTarget
@@ -151,9 +138,7 @@ def mixture(sizes: Sizes, target: KernelTarget) -> tirx.PrimFunc:
             order = Order.workspace(m, sizes.experts)
             codes, scale = codes_of(m, k) if sizes.all_quantise else (None, None)
             with T.parallel(0, m) as token:
-                source, row = x, token
-                if norm is not None:
-                    source, row = normalise_row(x, token, k, norm), tirx.const(0, "int32")
+                source, row = normalised(x, token, k, norm)
                 choose(source, row, k, router.gate, router.bias, order, token)
                 if codes is not None:
                     quantise_row(source, row, k, codes, token, scale)
@@ -194,7 +179,7 @@ def through_experts(
         for place, form in enumerate(sizes.forms):
             step = place % len(sizes.widths)
             inputs, n = (sizes.k, *sizes.widths)[step], sizes.widths[step]
-            fused = (*FORMS[form]["fused"], *(("layer_norm",) * (sizes.layer_norm and not step)))
+            fused = FORMS[form]["fused"]
             own = PanelProduct.declared(inputs, n, arithmetic[form], fused, f"_{place}")
             linears.append(_Linear(own, fused))
         shape = (images, each, sizes.widths[-1])

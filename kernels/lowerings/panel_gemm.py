@@ -15,7 +15,6 @@ from tvm import tirx
 
 from kernels.lowerings.activations import prepare_row
 from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles
-from kernels.lowerings.inner_product import Unit
 from kernels.lowerings.panel_product import (
     PREPARED,
     VECTORS,
@@ -90,12 +89,12 @@ def linear_panels(
         target: The CPU.
         schedule: Of ``schedule_space``.
     """
-    unit, stored = arithmetic(target)
+    own = arithmetic(target)
     cut = (schedule["tile_rows"], bool(schedule["panels_outer"]))
 
     def body() -> None:
         m = T.int32()
-        given = _declare(workload, Arithmetic(unit, stored), m)
+        given = _declare(workload, own, m)
         product, activated = given.product, "gelu" in workload.fused
 
         def finish(rows: int, first: Any, panel: Any, group: Callable, x_scale: Any) -> None:
@@ -114,18 +113,18 @@ def linear_panels(
         if not {"quantise", "cast", "layer_norm"} & set(workload.fused):
             tiles(m, product.panels, *cut, direct)
             return
-        for start, rows_here, prepared, row_scale in _prepared(workload, unit, given, m, cut[0]):
+        for start, rows_here, prepared, row_scale in _prepared(workload, given, m, cut[0]):
 
             def from_workspace(rows: int, first: Any, panel: Any) -> None:
                 def group(r: int, step: Any) -> Any:
-                    return prepared_group(prepared, unit, first + r, step)  # noqa: B023
+                    return prepared_group(prepared, own.unit, first + r, step)  # noqa: B023
 
                 x_scale = None if row_scale is None else lambda r: row_scale[first + r]  # noqa: B023
                 finish(rows, start + first, panel, group, x_scale)  # noqa: B023
 
             tiles(rows_here, product.panels, *cut, from_workspace)
 
-    return program(body, unit.llvm)
+    return program(body, own.unit.llvm)
 
 
 def _declare(workload: Workload, arithmetic: Arithmetic, m: Any) -> _Operands:
@@ -140,11 +139,11 @@ def _declare(workload: Workload, arithmetic: Arithmetic, m: Any) -> _Operands:
 
 
 def _prepared(
-    workload: Workload, unit: Unit, given: _Operands, m: Any, tile_rows: int
+    workload: Workload, given: _Operands, m: Any, tile_rows: int
 ) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Within a loop over blocks: (first row, rows, workspace, scales of its rows or None)."""
     k, fused, padded = workload.k, workload.fused, given.product.padded_k
-    element, width = PREPARED[unit.group]
+    element, width = PREPARED[given.product.unit.group]
     block = max(1, _PREPARED_BYTES // (padded * width * tile_rows)) * tile_rows
     prepared = T.alloc_buffer((block, padded), element, scope="global")
     row_scale: Any = None

@@ -7,7 +7,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.activations import normalise_row
+from kernels.lowerings.activations import normalised
 from kernels.lowerings.emit import LANES, argument, at, fill, lanes_total, local, program
 from kernels.targets import KernelTarget
 
@@ -32,7 +32,7 @@ def top1_routing(k: int, experts: int, layer_norm: bool, target: KernelTarget) -
         x, gate, bias, norm = _given(m, k, experts, layer_norm)
         order = Order.arguments(m, experts)
         with T.parallel(0, m) as token:
-            source, row = _normalised(x, token, k, norm)
+            source, row = normalised(x, token, k, norm)
             choose(source, row, k, gate, bias, order, token)
         order.finish()
 
@@ -46,12 +46,6 @@ def _given(m: Any, k: int, experts: int, layer_norm: bool) -> tuple[Any, Any, An
         argument("bias", (experts,), "float32"),
         argument("norm", (2 * k + 1,), "float32") if layer_norm else None,
     )
-
-
-def _normalised(x: Any, token: Any, k: int, norm: Any) -> tuple[Any, Any]:
-    if norm is None:
-        return x, token
-    return normalise_row(x, token, k, norm), tirx.const(0, "int32")
 
 
 class Order:

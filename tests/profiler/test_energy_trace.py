@@ -122,12 +122,12 @@ def test_a_load_runs_while_it_is_recorded_and_ends_with_it():
     threads = threading.active_count()
     trace = record(
         lambda: (time.perf_counter(), None),
-        0.05,
+        0.5,
         "",
         load=lambda: launched.append(time.sleep(1e-3)),
     )
     assert trace.power_w is None
-    assert launched
+    assert len(launched) > 5
     assert threading.active_count() == threads
 
 

@@ -86,8 +86,7 @@ def main(
         assert objective.budget_ms is not None
         with dispatch_shares(trained) as shares:
             guesses, labels = predict(trained, data, "test", len(example))
-        dispatch = {fqn: torch.tensor(list(each.values())) for fqn, each in shares.items()}
-        expected_ms = float(objective.curves.model_latency_ms(dispatch))
+        expected_ms = objective.curves.expected_ms(shares)
         timing = measure_latencies({"deployed": deploy(trained)}, example, PRESETS["standard"])
         measured_ms = timing["deployed"].latency_ms
         if measured_ms is None:

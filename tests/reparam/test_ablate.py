@@ -102,10 +102,9 @@ def test_seeds_trained_side_by_side_are_the_same(folder, quick):
         found[workers] = {path.name: AblationUnit.load(path).correct for path in units}
         (folder / "ablation").rename(folder / f"by-{workers}")
     assert len(found["1"]) == 4 and found["1"] == found["2"]
-    for name in ("stage1", "add", "moe_balance"):
-        kept = [folder / f"by-{n}" / "seed1" / f"{name}.safetensors" for n in "12"]
-        if kept[0].exists():
-            assert kept[0].read_bytes() == kept[1].read_bytes()
+    for name in ("original", "add", "moe_balance"):
+        one, other = (folder / f"by-{n}" / "seed1" / f"{name}.safetensors" for n in "12")
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_bad_input_is_named_before_anything_is_written(folder, tmp_path):
