@@ -24,7 +24,7 @@ from tvm import tirx
 from kernels.cuda_compiler import cuda_compiler
 from kernels.forms import AROUND, FORMS
 from kernels.lowerings import add, cuda, cuda_add, cuda_linear, panel_gemm
-from kernels.lowerings.arithmetic import ARITHMETIC
+from kernels.lowerings.arithmetic import AMX, ARITHMETIC
 from kernels.packing import pack_linear
 from kernels.records import known_records, lookup
 from kernels.reference import Operands
@@ -52,6 +52,7 @@ class Lowering:
             arguments, before the last of them, which is the output.
         around: What of a linear's neighbours it can do as well.
         oldest_architecture: The first ``sm_XY`` that can run it.
+        amx: Whether a CPU needs AMX for it.
     """
 
     target: str
@@ -62,10 +63,16 @@ class Lowering:
     memory: Callable[..., tuple[Tensor, ...]] = lambda workload, schedule, arguments: ()
     around: tuple[str, ...] = ()
     oldest_architecture: int = 0
+    amx: bool = False
 
     def runs_on(self, target: KernelTarget) -> bool:
         """Whether a target of its kind has the instructions."""
-        return not self.oldest_architecture or target.architecture >= self.oldest_architecture
+        return target.architecture >= self.oldest_architecture and target.amx >= self.amx
+
+    @property
+    def needs(self) -> str:
+        """What a target of its kind may lack."""
+        return "AMX" if self.amx else f"sm_{self.oldest_architecture} or later"
 
 
 def _unscheduled(define: Callable[[Workload, KernelTarget], tirx.PrimFunc]) -> Callable:
@@ -85,10 +92,24 @@ def _panels(form: str) -> Lowering:
     return Lowering("llvm", (form,), define, space, default, around=AROUND)
 
 
+def _amx(form: str) -> Lowering:
+    """The same by AMX."""
+    define = partial(panel_gemm.linear_panels, AMX[form])
+    space, default = panel_gemm.amx_schedule_space, panel_gemm.amx_default_schedule
+    return Lowering("llvm", (form,), define, space, default, around=AROUND, amx=True)
+
+
 _GROUPS = (add.schedule_space, add.default_schedule)
 _TILES = (cuda_linear.schedule_space, cuda_linear.default_schedule)
 
+# Of several that a target can run, a form is built by the first.
 LOWERINGS: dict[str, Lowering] = {
+    "mult.amx_pairs": _amx("mult_bf16"),
+    "mult.amx_dot": _amx("mult_int8"),
+    "shift.amx_pairs": _amx("shift_bf16"),
+    "shift.amx_dot": _amx("shift_int8"),
+    "shift.amx_planes": _amx("shift_int8_wide"),
+    "shift.amx_nibbles": _amx("shift_int4"),
     "mult.panels": _panels("mult_fp32"),
     "mult.pairs": _panels("mult_bf16"),
     "mult.dot": _panels("mult_int8"),
@@ -197,13 +218,19 @@ def get_threads() -> int:
     return _threads
 
 
-def lowerings(workload: Workload, target: str = "llvm") -> list[str]:
-    """Names of our lowerings that compute a workload on a kind of target."""
+def lowerings(workload: Workload, target: KernelTarget | None = None) -> list[str]:
+    """Names of our lowerings that compute a workload on a target, or on this machine's CPU."""
+    target = target or cpu_target()
+    return [name for name in _known(workload, target) if LOWERINGS[name].runs_on(target)]
+
+
+def _known(workload: Workload, target: KernelTarget) -> list[str]:
+    """Those for its kind of target, whatever instructions it has."""
     around = set(workload.fused) & set(AROUND)
     return [
         name
         for name, lowering in LOWERINGS.items()
-        if lowering.target == target
+        if lowering.target == target.name
         and workload.form in lowering.forms
         and around <= set(lowering.around)
     ]
@@ -290,14 +317,12 @@ def build(
             the schedule is none of the lowering's.
     """
     target = target or cpu_target()
-    known = lowerings(workload, target.name)
-    able = [name for name in known if LOWERINGS[name].runs_on(target)]
+    known, able = _known(workload, target), lowerings(workload, target)
     if not able:
         raise BuildError(f"{workload.form}: no lowering for {target.name} ({target.chip})")
     lowering = lowering or able[0]
     if lowering in known and lowering not in able:
-        oldest = LOWERINGS[lowering].oldest_architecture
-        raise BuildError(f"{lowering}: needs sm_{oldest} or later, this is {target.chip}")
+        raise BuildError(f"{lowering}: needs {LOWERINGS[lowering].needs}, this is {target.chip}")
     if lowering not in known:
         names = ", ".join(known) or "none"
         raise BuildError(

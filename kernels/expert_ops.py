@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from kernels.layer_kernels import layer_kernel
+from kernels.lowerings.amx import BLOCK_ROWS
+from kernels.lowerings.arithmetic import fastest
 from kernels.lowerings.mixture import Sizes
 from kernels.lowerings.panel_gemm import default_schedule
 from kernels.operators import operator
@@ -62,8 +64,10 @@ def experts_kernel(
     """
     each = list(pairwise(sizes))
     linears = [linear_workload(form, 1, *size) for form, size in zip(forms, cycle(each))]
-    rows = max(default_schedule(one, cpu_target())["tile_rows"] for one in linears)
-    return layer_kernel(name, Sizes(rows, sizes[0], sizes[1:], forms, *there))
+    target = cpu_target()
+    tile_rows = max(default_schedule(one, target)["tile_rows"] for one in linears)
+    task_rows = BLOCK_ROWS if any(fastest(form, target).unit.amx for form in forms) else tile_rows
+    return layer_kernel(name, Sizes(task_rows, tile_rows, sizes[0], sizes[1:], forms, *there))
 
 
 def _of_images(x: Tensor) -> Tensor:

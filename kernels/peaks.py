@@ -16,8 +16,9 @@ import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.build import set_threads
+from kernels.lowerings import amx
 from kernels.lowerings.emit import LANES, argument, at, fill, local, program
-from kernels.lowerings.inner_product import Unit, bf16_dot, fma, int8_dot
+from kernels.lowerings.inner_product import Unit, amx_bf16, amx_int8, bf16_dot, fma, int8_dot
 from kernels.lowerings.panel_gemm import VECTORS, largest_tile_rows
 from kernels.targets import KernelTarget, cpu_target
 
@@ -29,7 +30,7 @@ class Peak:
     """A launch and what it does.
 
     Attributes:
-        name: ``fma_fp32``, ``dot_bf16``, ``dot_int8`` or ``copy``.
+        name: ``fma_fp32``, ``dot_bf16``, ``dot_int8`` or ``copy``; dots by AMX where there is one.
         unit: ``MAC`` or ``byte``.
         amount: Multiply-accumulates or bytes of one launch.
         launch: Runs once on the threads that were set.
@@ -51,6 +52,9 @@ def _accumulate(target: KernelTarget, unit: Unit) -> tirx.PrimFunc:
         seed = argument("seed", (tasks, width), unit.weights)
         out = argument("out", (tasks, LANES), unit.total)
         with T.parallel(0, tasks) as task:
+            if unit.amx:
+                amx.only_multiply(unit.amx, _STEPS)
+                return
             sums, factor = local(sums_count * LANES, unit.total), local(width, unit.weights)
             T.buffer_store(factor, seed[task, at(0, width)], [at(0, width)])
             for i in range(sums_count):
@@ -77,8 +81,8 @@ def _accumulate(target: KernelTarget, unit: Unit) -> tirx.PrimFunc:
 
 _UNITS: dict[str, Callable[[KernelTarget], Unit]] = {
     "fma_fp32": lambda target: fma(),
-    "dot_bf16": bf16_dot,
-    "dot_int8": int8_dot,
+    "dot_bf16": lambda target: (amx_bf16 if target.amx else bf16_dot)(target),
+    "dot_int8": lambda target: (amx_int8 if target.amx else int8_dot)(target),
 }
 
 
@@ -97,7 +101,8 @@ def _arithmetic(name: str, threads: int, target: KernelTarget) -> Peak:
     elif unit.weights == "int8":
         seed = (127 * seed).to(torch.int8)
     out = torch.empty(threads, LANES, dtype=getattr(torch, unit.total))
-    macs = threads * _STEPS * largest_tile_rows(target) * VECTORS * LANES * unit.group
+    outputs = largest_tile_rows(target) * VECTORS * LANES
+    macs = threads * _STEPS * (amx.MACS[unit.amx] if unit.amx else outputs * unit.group)
     return Peak(name, "MAC", macs, lambda: main(seed, out))
 
 

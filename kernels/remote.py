@@ -91,7 +91,7 @@ class Remote:
         Raises:
             BuildError: If the lowering does not compute this form on that machine.
         """
-        if lowering not in lowerings(workload, self.target.name):
+        if lowering not in lowerings(workload, self.target):
             raise BuildError(f"{lowering}: no lowering of {workload.form} on {self.target.chip}")
         schedule = best_schedule(workload, lowering, self.target)
         identity = f"{lowering} {workload.family.key} {sorted(schedule.items())}"

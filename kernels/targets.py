@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch  # noqa: F401  (first: TVM's CUDA runtime finds libcudart where torch has loaded it)
 from tvm.target import Target, codegen
 
+_AMX_CHIP = "sapphirerapids"
+_AMX_FLAGS = {"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512_fp16"}
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 
 
@@ -25,6 +30,7 @@ class KernelTarget:
         vector_registers: Architectural vector registers (CPU), 0 for CUDA.
         vector_bits: Width of one.
         dot_product: ``vpdpbusd.512`` or ``generic``: how four int8 products are summed into int32.
+        amx: True where tiles of 16 rows are multiplied by one instruction (AMX-INT8, AMX-BF16).
         bf16_dot: True where one instruction sums products of bf16 pairs into fp32 (AVX512-BF16).
         byte_table: True where one instruction looks up 64 bytes in tables of 16 (AVX-512BW).
         triple: LLVM's name of another machine to compile for; None for this one.
@@ -38,6 +44,7 @@ class KernelTarget:
     triple: str | None = None
     byte_table: bool = False
     bf16_dot: bool = False
+    amx: bool = False
 
     @property
     def architecture(self) -> int:
@@ -67,12 +74,42 @@ def _llvm(chip: str, triple: str | None) -> Target:
 
 
 @functools.cache
+def host_chip() -> str:
+    """LLVM's name of this machine's CPU.
+
+    LLVM goes by the model's number, and a virtual machine may show that of an older one: what has
+    AMX is a Sapphire Rapids at least.
+    """
+    return _AMX_CHIP if _cpu_flags() >= _AMX_FLAGS else str(codegen.llvm_get_system_cpu())
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return set(info.partition("\nflags")[2].partition("\n")[0].split())
+
+
+@functools.cache
+def may_use_amx() -> bool:
+    """Asks Linux for AMX's registers, for all threads of this process.
+
+    Source:
+        Linux, Documentation/arch/x86/xstate.rst.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
+
+
+@functools.cache
 def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarget:
     """The CPU target for a chip by LLVM's name; without one, for the machine that we run on.
 
-    Instruction sets are LLVM's knowledge of the chip, so that a kernel can be built for another.
+    Instruction sets are LLVM's knowledge of the chip, so that a kernel can be built for another;
+    but for AMX, which has to be asked for by the process that uses it, and so is of this machine.
     """
-    chip = chip or codegen.llvm_get_system_cpu()
+    chip = chip or host_chip()
     probe = _llvm(chip, triple)
 
     def has(*features: str) -> bool:
@@ -81,7 +118,8 @@ def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarg
     if has("avx512f"):
         dot = "vpdpbusd.512" if has("avx512vnni") else "generic"
         table, bf16 = has("avx512bw"), has("avx512bf16")
-        return KernelTarget("llvm", chip, 32, 512, dot, triple, table, bf16)
+        amx = has("amx-int8", "amx-bf16") and chip == host_chip() and triple is None
+        return KernelTarget("llvm", chip, 32, 512, dot, triple, table, bf16, amx and may_use_amx())
     if has("avx2"):
         return KernelTarget("llvm", chip, 16, 256, "generic", triple)
     if has("neon"):

@@ -42,7 +42,7 @@ class RemoteSite:
 
     def kernels(self, workload: Workload, compiled: bool) -> list[tuple[str, bool]]:
         """Our lowerings."""
-        return [(name, False) for name in lowerings(workload, self.target.name)]
+        return [(name, False) for name in lowerings(workload, self.target)]
 
     def build(self, workload: Workload, lowering: str, is_baseline: bool) -> Kernel:
         """A kernel, built here and loaded there."""

@@ -96,7 +96,7 @@ class LocalSite:
 
     def kernels(self, workload: Workload, compiled: bool) -> list[tuple[str, bool]]:
         """Our lowerings and torch's baselines, with or without those of ``torch.compile``."""
-        ours = [(name, False) for name in lowerings(workload, self.target.name)]
+        ours = [(name, False) for name in lowerings(workload, self.target)]
         return ours + [(name, True) for name in baselines.names(workload, compiled)]
 
     def build(self, workload: Workload, lowering: str, is_baseline: bool) -> Kernel:

@@ -115,7 +115,7 @@ def tasks_of(setting: Setting) -> list[Task]:
     return [
         Task(workload, name, setting)
         for workload in setting.config.workloads
-        for name in lowerings(workload, setting.target.name)
+        for name in lowerings(workload, setting.target)
         if LOWERINGS[name].schedule_space(setting.target)
     ]
 

@@ -1,4 +1,4 @@
-"""ARITHMETIC: what multiplies in each form of linear on the CPU."""
+"""ARITHMETIC and AMX: what multiplies in each form of linear on the CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from kernels.lowerings import mult, shift
 from kernels.lowerings.panel_product import Arithmetic
 from kernels.targets import KernelTarget
 
+# By vectors, on any CPU.
 ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "mult_fp32": mult.panels,
     "mult_bf16": mult.pairs,
@@ -19,3 +20,18 @@ ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "shift_int8_wide": shift.planes,
     "shift_int4": shift.nibbles,
 }
+# By tiles, where the CPU has them.
+AMX: dict[str, Callable[[KernelTarget], Arithmetic]] = {
+    "mult_bf16": mult.amx_pairs,
+    "mult_int8": mult.amx_dot,
+    "shift_bf16": shift.amx_pairs,
+    "shift_int8": mult.amx_dot,
+    "shift_int8_wide": shift.amx_planes,
+    "shift_int4": shift.amx_nibbles,
+}
+
+
+def fastest(form: str, target: KernelTarget) -> Arithmetic:
+    """What multiplies fastest on a target."""
+    known = ARITHMETIC | AMX if target.amx else ARITHMETIC
+    return known[form](target)

@@ -81,6 +81,16 @@ def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
     return T.decl_buffer(shape, dtype, data=vectors.data, scope="local")
 
 
+def workspace(shape: tuple[int, ...], dtype: str) -> Any:
+    """Memory for a while, larger than a stack should hold.
+
+    It is declared over another array, for TVM would else cut off what it sees nobody touch, and
+    move the rows together: a tile is read by its address and the distance of its rows.
+    """
+    whole = T.alloc_buffer((math.prod(shape),), dtype, scope="global")
+    return T.decl_buffer(shape, dtype, data=whole.data)
+
+
 def at(offset: Any, lanes: int) -> Any:
     """Index of ``lanes`` neighbouring elements."""
     return offset if lanes == 1 else tirx.Ramp(offset, 1, lanes)
@@ -192,14 +202,15 @@ def row_blocks(remaining: Any, largest: int) -> Iterator[tuple[Any, Any, int]]:
 
 
 def tiles(rows: Any, panels: int, tile_rows: int, panels_outer: bool, emit_tile: Callable) -> None:
-    """Visits all tiles of a ``rows × panels`` output in parallel, ragged rows included.
+    """Visits all tiles of a ``rows × panels`` output in parallel.
 
     Args:
         rows: Symbolic row count, possibly 0.
         panels: Column panels.
         tile_rows: Rows of a full tile.
         panels_outer: Keep a panel of weights hot and stream the rows, rather than the reverse.
-        emit_tile: Called as ``emit_tile(tile_rows, first_row, panel)``.
+        emit_tile: Called as ``emit_tile(count, first_row, panel)``; the last tile of a panel may
+            have fewer rows.
     """
     row_tiles = tirx.floordiv(rows + (tile_rows - 1), tile_rows)
     with T.parallel(0, row_tiles * panels) as tile:
@@ -208,13 +219,7 @@ def tiles(rows: Any, panels: int, tile_rows: int, panels_outer: bool, emit_tile:
         else:
             row_tile, panel = tirx.floordiv(tile, panels), tirx.floormod(tile, panels)
         first = row_tile * tile_rows
-        with T.If(first + tile_rows <= rows):
-            with T.Then():
-                emit_tile(tile_rows, first, panel)
-            with T.Else():
-                for condition, offset, block in row_blocks(rows - first, tile_rows):
-                    with T.If(condition), T.Then():
-                        emit_tile(block, first + offset, panel)
+        emit_tile(tirx.min(rows - first, tirx.const(tile_rows, "int32")), first, panel)
 
 
 # erf(x) = x * P(x²) / Q(x²) for |x| <= 4, beyond which erf is 1 in fp32. Minimax in the relative

@@ -2,6 +2,7 @@
 
 Each unit takes sixteen output channels at a time: fp32 by fused multiply-add, bf16 in pairs, int8
 in fours. Where the target has no instruction for a group, plain arithmetic gives the same sums.
+AMX does sixteen rows and sixteen groups in one instruction (``kernels.lowerings.amx``).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Unit:
         multiply: ``multiply(sums, x, weights)``: sums and x are ``LANES`` wide; x holds the
             group of one row, as fp32 or as int32 bits, in each lane.
         llvm: Functions in LLVM's language that ``multiply`` calls.
+        amx: The instruction, where it is one of AMX's; ``multiply`` is then of no use.
     """
 
     group: int
@@ -50,6 +52,7 @@ class Unit:
     weights: str
     multiply: Callable[[Any, Any, Any], Any]
     llvm: str | None = None
+    amx: str | None = None
 
 
 def _i32(value: int) -> Any:
@@ -110,3 +113,25 @@ def bf16_dot(target: KernelTarget) -> Unit:
     if target.bf16_dot:
         return Unit(BF16_GROUP, "float32", "int16", instruction, _LLVM_BF16)
     return Unit(BF16_GROUP, "float32", "int16", arithmetic)
+
+
+def _by_tiles(sums: Any, x: Any, weights: Any) -> Any:
+    raise AssertionError("AMX multiplies tiles, not vectors")
+
+
+def amx_int8(target: KernelTarget) -> Unit:
+    """int32 += uint8 × int8, in tiles.
+
+    Source:
+        Intel SDM, TDPBUSD.
+    """
+    return Unit(DOT_GROUP, "int32", "int8", _by_tiles, amx="tdpbusd")
+
+
+def amx_bf16(target: KernelTarget) -> Unit:
+    """fp32 += bf16 × bf16, in tiles.
+
+    Source:
+        Intel SDM, TDPBF16PS (rounds to nearest even, takes denormals for zero).
+    """
+    return Unit(BF16_GROUP, "float32", "int16", _by_tiles, amx="tdpbf16ps")

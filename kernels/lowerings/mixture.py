@@ -16,10 +16,11 @@ import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.forms import FORMS, quantises
+from kernels.lowerings import amx, panel_rows
 from kernels.lowerings.activations import copy_row, normalised, prepare_row, quantise_row
-from kernels.lowerings.arithmetic import ARITHMETIC
-from kernels.lowerings.emit import LANES, argument, at, local, program, row_blocks, rows_of
-from kernels.lowerings.panel_product import PREPARED, PanelProduct, prepared_group, store_row
+from kernels.lowerings.arithmetic import fastest
+from kernels.lowerings.emit import LANES, argument, at, local, program, rows_of, workspace
+from kernels.lowerings.panel_product import PREPARED, PanelProduct, Rows, store_row
 from kernels.lowerings.routing import Order, choose
 from kernels.packing import PANEL
 from kernels.targets import KernelTarget
@@ -30,7 +31,8 @@ class Sizes:
     """What a mixture's program is built for.
 
     Attributes:
-        tile_rows: Tokens of a tile.
+        task_rows: Tokens of a task.
+        tile_rows: Of them, as many at a time as vector registers hold sums of.
         k: Features of a token.
         widths: Outputs of each of an expert's linears, one or two, in turn.
         forms: Of the linears, those of the first expert first.
@@ -39,6 +41,7 @@ class Sizes:
         residual: Whether something is added to the result.
     """
 
+    task_rows: int
     tile_rows: int
     k: int
     widths: tuple[int, ...]
@@ -106,6 +109,7 @@ class _Memory:
     hidden: Any
     prepared: dict[str, Any]
     row_scale: Any
+    products: amx.Workspace
 
 
 def mixture(sizes: Sizes, target: KernelTarget) -> tirx.PrimFunc:
@@ -169,7 +173,7 @@ def through_experts(
         declare: ``declare(images, tokens)`` declares the arguments in front, and returns what emits
             the tokens.
     """
-    arithmetic = {form: ARITHMETIC[form](target) for form in sizes.forms}
+    arithmetic = {form: fastest(form, target) for form in sizes.forms}
     llvm = {unit.llvm for unit, _ in arithmetic.values() if unit.llvm}
 
     def body() -> None:
@@ -195,7 +199,7 @@ def through_experts(
 def _each_task(experts: _Experts, m: Any) -> None:
     """Emits all tasks: one after the other those of the first expert, then the next one's."""
     sizes, order = experts.sizes, experts.tokens.order
-    number, rows = sizes.experts, sizes.tile_rows
+    number, rows = sizes.experts, sizes.task_rows
     begin, tasks = local(number + 1, "int32"), local(number + 1, "int32")
     for limit in (begin, tasks):
         T.buffer_store(limit, tirx.const(0, "int32"), [0])
@@ -233,15 +237,15 @@ class _Experts:
 
     def memory(self) -> _Memory:
         """Emits a task's own."""
-        rows, products = self.sizes.tile_rows, [linear.product for linear in self.linears]
+        rows, products = self.sizes.task_rows, [linear.product for linear in self.linears]
         width = -(-max(product.padded_k for product in products) // LANES) * LANES
         hidden = None
         if len(self.sizes.widths) > 1:
             padded = -(-self.sizes.widths[0] // PANEL) * PANEL
             hidden = T.alloc_buffer((rows, padded), "float32", scope="global")
         types = sorted({PREPARED[product.unit.group][0] for product in products})
-        prepared = {name: T.alloc_buffer((rows, width), name, scope="global") for name in types}
-        return _Memory(hidden, prepared, local(rows))
+        prepared = {name: workspace((rows, width), name) for name in types}
+        return _Memory(hidden, prepared, local(rows), panel_rows.workspace(products))
 
     def emit(self, expert: int, memory: _Memory, first: Any, some: Any) -> None:
         """Emits an expert: its linears on some tokens from the first on, one after the other."""
@@ -253,16 +257,23 @@ class _Experts:
                 inputs = self._read(linear, memory, first, some)
             else:
                 inputs = _read_hidden(linear, memory, some)
-            tile = _Tile(linear, inputs, memory, self.sizes.gelu and is_first)
-            finish = partial(self._write if is_last else _keep, linear, memory, first)
-            weight = self._weight(first) if is_last else None
-            with T.serial(0, linear.product.panels) as panel, T.If(some == self.sizes.tile_rows):
-                with T.Then():
-                    tile.emit(self.sizes.tile_rows, tirx.const(0, "int32"), panel, weight, finish)
-                with T.Else():
-                    for condition, offset, block in row_blocks(some, self.sizes.tile_rows):
-                        with T.If(condition), T.Then():
-                            tile.emit(block, offset, panel, weight, finish)
+            rows = Rows(
+                inputs,
+                tirx.const(0, "int32"),
+                some,
+                self.sizes.task_rows,
+                self.sizes.tile_rows,
+                memory.row_scale.__getitem__ if "quantise" in linear.fused else None,
+                self.sizes.gelu and is_first,
+                self._weight(first) if is_last else None,
+            )
+            write = partial(self._write, linear, first) if is_last else partial(_keep, memory)
+            with (
+                panel_rows.at_work(linear.product),
+                T.serial(0, linear.product.panels) as panel,
+            ):
+                finish = partial(write, panel)
+                panel_rows.multiply(linear.product, memory.products, rows, panel, finish)
 
     def _read(self, linear: _Linear, memory: _Memory, first: Any, some: Any) -> Any:
         """Some tokens side by side, as a first linear reads them."""
@@ -295,15 +306,9 @@ class _Experts:
         return None if order is None else lambda slot: order.probability[first + slot]
 
     def _write(
-        self,
-        linear: _Linear,
-        memory: _Memory,
-        first: Any,
-        slot: Any,
-        panel: Any,
-        vectors: list[Any],
+        self, linear: _Linear, first: Any, panel: Any, slot: Any, vectors: list[Any]
     ) -> None:
-        row = self._place(first + slot)
+        row = _held(self._place(first + slot))
         store_row(self.out, self.residual, row, panel, linear.product.n, vectors)
 
 
@@ -317,41 +322,6 @@ def _read_hidden(linear: _Linear, memory: _Memory, some: Any) -> Any:
     return prepared
 
 
-def _keep(
-    linear: _Linear, memory: _Memory, first: Any, slot: Any, panel: Any, vectors: list[Any]
-) -> None:
+def _keep(memory: _Memory, panel: Any, slot: Any, vectors: list[Any]) -> None:
     for v, vector in enumerate(vectors):
         T.buffer_store(memory.hidden, vector, [slot, at(panel * PANEL + v * LANES, LANES)])
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Some rows of what a linear reads, times a panel of its weights."""
-
-    linear: _Linear
-    inputs: Any
-    memory: _Memory
-    activated: bool
-
-    def emit(
-        self,
-        rows: int,
-        offset: Any,
-        panel: Any,
-        weight: Callable[[Any], Any] | None,
-        finish: Callable[[Any, Any, list[Any]], None],
-    ) -> None:
-        """Calls ``finish(slot, panel, vectors)`` for each row; ``weight(slot)`` is its factor."""
-        product, row_scale = self.linear.product, self.memory.row_scale
-
-        def group(r: int, step: Any) -> Any:
-            return prepared_group(self.inputs, product.unit, offset + r, step)
-
-        sums = product.sums(rows, panel, group)
-        scale = own = None
-        if "quantise" in self.linear.fused:
-            scale = lambda r: row_scale[offset + r]  # noqa: E731
-        if weight is not None:
-            own = lambda r: weight(offset + r)  # noqa: E731
-        for r, vectors in product.results(panel, sums, scale, self.activated, own):
-            finish(offset + r, panel, vectors)

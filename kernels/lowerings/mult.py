@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernels.lowerings.emit import LANES
-from kernels.lowerings.inner_product import bf16_dot, fma, int8_dot
+from kernels.lowerings.inner_product import amx_bf16, amx_int8, bf16_dot, fma, int8_dot
 from kernels.lowerings.panel_product import Arithmetic, Stored
 from kernels.packing import BF16_GROUP, DOT_GROUP
 from kernels.targets import KernelTarget
@@ -22,3 +22,13 @@ def pairs(target: KernelTarget) -> Arithmetic:
 def dot(target: KernelTarget) -> Arithmetic:
     """int8 weights by integer dot products."""
     return Arithmetic(int8_dot(target), Stored("int8", LANES * DOT_GROUP))
+
+
+def amx_pairs(target: KernelTarget) -> Arithmetic:
+    """bf16 weights by AMX."""
+    return Arithmetic(amx_bf16(target), Stored("int16", LANES * BF16_GROUP))
+
+
+def amx_dot(target: KernelTarget) -> Arithmetic:
+    """int8 weights by AMX."""
+    return Arithmetic(amx_int8(target), Stored("int8", LANES * DOT_GROUP))

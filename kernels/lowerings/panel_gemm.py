@@ -1,8 +1,7 @@
 """The CPU schedules that mult and shift share, so that only the weights differ between them.
 
-Weights come packed in panels of 32 output channels (``kernels.packing.pack_panels``). A tile of
-rows × one panel is accumulated in registers over the whole of k
-(``kernels.lowerings.panel_product``).
+Weights come packed in panels of 32 output channels (``kernels.packing.pack_panels``). A task is
+some rows × one panel, over the whole of k (``kernels.lowerings.panel_rows``).
 """
 
 from __future__ import annotations
@@ -13,14 +12,16 @@ from typing import Any, NamedTuple
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
+from kernels.lowerings import panel_rows
 from kernels.lowerings.activations import prepare_row
-from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles
+from kernels.lowerings.amx import BLOCK_ROWS
+from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles, workspace
 from kernels.lowerings.panel_product import (
     PREPARED,
     VECTORS,
     Arithmetic,
     PanelProduct,
-    prepared_group,
+    Rows,
     store_row,
 )
 from kernels.targets import KernelTarget
@@ -62,6 +63,18 @@ def default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]
     }
 
 
+def amx_schedule_space(target: KernelTarget) -> dict[str, tuple[int, ...]]:
+    """The same for AMX, whose registers hold the sums of ``BLOCK_ROWS``: how many a task has."""
+    rows = tuple(BLOCK_ROWS << power for power in range(4))
+    return {"tile_rows": rows, "panels_outer": (0, 1)}
+
+
+def amx_default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]:
+    """The schedule of a shape that nobody has tuned, for AMX."""
+    # A task has to be long against the 50 ns in which the registers get their shapes.
+    return {"tile_rows": 4 * BLOCK_ROWS, "panels_outer": 0}
+
+
 class _Operands(NamedTuple):
     """Arguments of a launch; None for what the workload has not."""
 
@@ -90,39 +103,40 @@ def linear_panels(
         schedule: Of ``schedule_space``.
     """
     own = arithmetic(target)
-    cut = (schedule["tile_rows"], bool(schedule["panels_outer"]))
+    most, outer = schedule["tile_rows"], bool(schedule["panels_outer"])
 
     def body() -> None:
         m = T.int32()
         given = _declare(workload, own, m)
-        product, activated = given.product, "gelu" in workload.fused
+        product = given.product
 
-        def finish(rows: int, first: Any, panel: Any, group: Callable, x_scale: Any) -> None:
-            sums = product.sums(rows, panel, group)
-            for r, vectors in product.results(panel, sums, x_scale, activated, None):
+        def task(rows: Rows, first: Any, panel: Any) -> None:
+            def finish(r: Any, vectors: list[Any]) -> None:
                 store_row(given.out, given.residual, first + r, panel, workload.n, vectors)
 
-        def direct(rows: int, first: Any, panel: Any) -> None:
-            def group(r: int, kk: Any) -> Any:
-                if r == 0:
-                    _fetch_next_tile(given.x, first + rows, rows * kk)
-                return given.x[first + r, kk]
+            memory = panel_rows.workspace([product])
+            with panel_rows.at_work(product):
+                panel_rows.multiply(product, memory, rows, panel, finish)
 
-            finish(rows, first, panel, group, None)
+        def direct(count: Any, first: Any, panel: Any) -> None:
+            def fetch(rows: int, step: Any) -> None:
+                # They lie side by side, but the hardware's own prefetch begins anew at each page.
+                prefetch(given.x, [first + rows, rows * step])
 
+            task(Rows(given.x, first, count, most, most, **after, fetch=fetch), first, panel)
+
+        after: dict[str, Any] = {"activated": "gelu" in workload.fused}
         if not {"quantise", "cast", "layer_norm"} & set(workload.fused):
-            tiles(m, product.panels, *cut, direct)
+            tiles(m, product.panels, most, outer, direct)
             return
-        for start, rows_here, prepared, row_scale in _prepared(workload, given, m, cut[0]):
+        for start, rows_here, prepared, row_scale in _prepared(workload, given, m, most):
 
-            def from_workspace(rows: int, first: Any, panel: Any) -> None:
-                def group(r: int, step: Any) -> Any:
-                    return prepared_group(prepared, own.unit, first + r, step)  # noqa: B023
+            def from_workspace(count: Any, first: Any, panel: Any) -> None:
+                scale = None if row_scale is None else lambda r: row_scale[first + r]  # noqa: B023
+                rows = Rows(prepared, first, count, most, most, scale, **after)  # noqa: B023
+                task(rows, start + first, panel)  # noqa: B023
 
-                x_scale = None if row_scale is None else lambda r: row_scale[first + r]  # noqa: B023
-                finish(rows, start + first, panel, group, x_scale)  # noqa: B023
-
-            tiles(rows_here, product.panels, *cut, from_workspace)
+            tiles(rows_here, product.panels, most, outer, from_workspace)
 
     return program(body, own.unit.llvm)
 
@@ -144,8 +158,10 @@ def _prepared(
     """Within a loop over blocks: (first row, rows, workspace, scales of its rows or None)."""
     k, fused, padded = workload.k, workload.fused, given.product.padded_k
     element, width = PREPARED[given.product.unit.group]
+    lines = -(-padded * width // 64)
+    padded = (lines + 1 - lines % 2) * 64 // width
     block = max(1, _PREPARED_BYTES // (padded * width * tile_rows)) * tile_rows
-    prepared = T.alloc_buffer((block, padded), element, scope="global")
+    prepared = workspace((block, padded), element)
     row_scale: Any = None
     if "quantise" in fused:
         row_scale = T.alloc_buffer((block,), "float32", scope="global")
@@ -155,11 +171,3 @@ def _prepared(
         with T.parallel(0, rows_here) as slot:
             prepare_row(given.x, start + slot, k, fused, given.norm, prepared, slot, row_scale)
         yield start, rows_here, prepared, row_scale
-
-
-def _fetch_next_tile(x: Any, row: Any, element: Any) -> None:
-    """Asks, a step at a time, for the rows of the tile that comes after this one.
-
-    They lie side by side, but the hardware's own prefetch begins anew at each page.
-    """
-    prefetch(x, [row, element])

@@ -1,10 +1,9 @@
-"""A tile of rows times one panel of a linear's packed weights, and what follows in registers."""
+"""A panel of a linear's packed weights, and what follows its product with some rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import tvm.script.ir_builder.tirx as T
@@ -30,15 +29,21 @@ class Stored:
     Attributes:
         dtype: Element type of the packed weights.
         width: Elements that make one vector of ``LANES * group`` weights.
-        planes: A decoder each: a loaded vector into the unit's weights. The result is the sum over
-            planes of ``factor ** index`` times the plane's product; the first plane is the least.
+        planes: A decoder each: a loaded vector into the unit's weights; None where they lie as the
+            unit takes them. The result is the sum over planes of ``factor ** index`` times the
+            plane's product; the first plane is the least.
         factor: Between one plane and the next.
     """
 
     dtype: str
     width: int
-    planes: tuple[Callable[[Any], Any], ...] = (lambda weights: weights,)
+    planes: tuple[Callable[[Any], Any] | None, ...] = (None,)
     factor: float = 1.0
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the weights are stored otherwise than the unit takes them."""
+        return self.planes != (None,)
 
 
 class Arithmetic(NamedTuple):
@@ -46,6 +51,33 @@ class Arithmetic(NamedTuple):
 
     unit: Unit
     stored: Stored
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are multiplied with a panel, and what follows; each is counted from the first.
+
+    Attributes:
+        buffer: Where they lie, in the type of ``PREPARED``, in whole groups.
+        first: Of them.
+        count: How many, symbolic.
+        most: How many there can be.
+        tile: How many at a time, where sums are in vector registers.
+        scale: ``scale(row)``, where they were quantised.
+        activated: Whether a GELU follows.
+        weight: ``weight(row)``, a factor of the result.
+        fetch: ``fetch(rows, step)`` asks for what lies behind so many rows; emitted at each step.
+    """
+
+    buffer: Any
+    first: Any
+    count: Any
+    most: int
+    tile: int
+    scale: Callable[[Any], Any] | None = None
+    activated: bool = False
+    weight: Callable[[Any], Any] | None = None
+    fetch: Callable[[int, Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,62 +142,45 @@ class PanelProduct:
     @property
     def padded_k(self) -> int:
         """Inputs in whole groups."""
-        return -(-self.k // self.unit.group) * self.unit.group
+        return self.steps * self.unit.group
 
-    def sums(self, rows: int, panel: Any, group: Callable[[int, Any], Any]) -> list[Any]:
-        """Sums of a tile over k, in registers: by plane, row and vector.
+    @property
+    def steps(self) -> int:
+        """Groups of inputs."""
+        return -(-self.k // self.unit.group)
 
-        Args:
-            rows: Of the tile.
-            panel: Which one.
-            group: ``group(row, step)``: one row's inputs of a step, fp32 or as int32 bits.
-        """
+    def weights(self, plane: int, panel: Any, step: Any, v: int) -> Any:
+        """Vector v of a step's weights, as the unit takes them."""
+        decode, width = self.stored.planes[plane], self.stored.width
+        loaded = self.w[panel, step, at(v * width, width)]
+        return loaded if decode is None else decode(loaded)
 
-        def load(decode: Callable, step: Any, v: int) -> Any:
-            width = self.stored.width
-            return decode(self.w[panel, step, at(v * width, width)])
-
-        steps = -(-self.k // self.unit.group)
-        return [
-            _accumulated(rows, steps, self.unit, partial(load, decode), group)
-            for decode in self.stored.planes
-        ]
-
-    def results(
-        self,
-        panel: Any,
-        sums: list[Any],
-        x_scale: Callable[[int], Any] | None,
-        activated: bool,
-        weight: Callable[[int], Any] | None,
-    ) -> Iterator[tuple[int, list[Any]]]:
-        """Each row of a tile and its vectors: scaled, with bias, activated, weighted.
+    def row(self, panel: Any, sums: list[list[Any]], rows: Rows, r: Any) -> list[Any]:
+        """A row's vectors of a panel: scaled, with bias, activated, weighted.
 
         Args:
             panel: Which one.
-            sums: Of it.
-            x_scale: Of a row, where it was quantised.
-            activated: Whether a GELU follows.
-            weight: Of a row.
+            sums: Of the row, by plane and vector.
+            rows: What follows.
+            r: Which of them.
         """
         scratch, done = local((3, LANES)), local(PANEL)
-        for r in range(len(sums[0])):
-            vectors = []
-            for v in range(VECTORS):
-                channel = at(panel * PANEL + v * LANES, LANES)
-                value = self._joined([plane[r][v] for plane in sums], channel)
-                if x_scale is not None:
-                    value = value * (fill(x_scale(r), LANES) * self.scale[channel])
-                elif self.scale is not None:
-                    value = value * self.scale[channel]
-                value = value + self.bias[channel]
-                if activated:
-                    T.buffer_store(done, gelu(value, scratch), [at(v * LANES, LANES)])
-                    value = done[at(v * LANES, LANES)]
-                if weight is not None:
-                    value = value * fill(weight(r), LANES)
-                vectors.append(value)
-            yield r, vectors
+        vectors = []
+        for v in range(VECTORS):
+            channel = at(panel * PANEL + v * LANES, LANES)
+            value = self._joined([plane[v] for plane in sums], channel)
+            if rows.scale is not None:
+                value = value * (fill(rows.scale(r), LANES) * self.scale[channel])
+            elif self.scale is not None:
+                value = value * self.scale[channel]
+            value = value + self.bias[channel]
+            if rows.activated:
+                T.buffer_store(done, gelu(value, scratch), [at(v * LANES, LANES)])
+                value = done[at(v * LANES, LANES)]
+            if rows.weight is not None:
+                value = value * fill(rows.weight(r), LANES)
+            vectors.append(value)
+        return vectors
 
     def _joined(self, sums: list[Any], channel: Any) -> Any:
         """The planes' sums as one fp32 vector, rid of what unsigned activations have added."""
@@ -181,19 +196,6 @@ class PanelProduct:
         return total
 
 
-def prepared_group(prepared: Any, unit: Unit, row: Any, step: Any) -> Any:
-    """A step's inputs of a prepared row, as ``PanelProduct.sums`` takes them.
-
-    Args:
-        prepared: Rows of the type in ``PREPARED``.
-        unit: That reads them.
-        row: Which one.
-        step: Which group.
-    """
-    group = prepared[row, at(step * unit.group, unit.group)]
-    return tirx.reinterpret("int32", group) if unit.group > 1 else group
-
-
 def store_row(out: Any, residual: Any, row: Any, panel: Any, n: int, vectors: list[Any]) -> None:
     """Writes one row of a panel; the last panel of a ragged n is cut to its channels.
 
@@ -203,7 +205,7 @@ def store_row(out: Any, residual: Any, row: Any, panel: Any, n: int, vectors: li
         row: Of both.
         panel: Which one.
         n: Outputs.
-        vectors: Of ``PanelProduct.results``.
+        vectors: Of ``PanelProduct.row``.
     """
 
     def store(value: Any, offset: int, lanes: int) -> None:
@@ -234,28 +236,3 @@ def store_row(out: Any, residual: Any, row: Any, panel: Any, n: int, vectors: li
                 whole()
             with T.Else():
                 cut()
-
-
-def _accumulated(
-    rows: int,
-    steps: int,
-    unit: Unit,
-    load: Callable[[Any, int], Any],
-    group: Callable[[int, Any], Any],
-) -> list[list[Any]]:
-    """Sums a tile over k; ``load(step, v)`` is vector v of the weights, once for all rows."""
-    width = LANES * unit.group
-    sums, weights = local(rows * PANEL, unit.total), local(VECTORS * width, unit.weights)
-    where = [[at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(rows)]
-    for r in range(rows):
-        for v in range(VECTORS):
-            T.buffer_store(sums, fill(tirx.const(0, unit.total), LANES), [where[r][v]])
-    with T.serial(0, steps) as step:
-        for v in range(VECTORS):
-            T.buffer_store(weights, load(step, v), [at(v * width, width)])
-        for r in range(rows):
-            inputs = fill(group(r, step), LANES)
-            for v in range(VECTORS):
-                value = unit.multiply(sums[where[r][v]], inputs, weights[at(v * width, width)])
-                T.buffer_store(sums, value, [where[r][v]])
-    return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(rows)]

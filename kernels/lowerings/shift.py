@@ -10,7 +10,7 @@ import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.lowerings.emit import LANES, fill
-from kernels.lowerings.inner_product import bf16_dot, fma, int8_dot
+from kernels.lowerings.inner_product import Unit, amx_bf16, amx_int8, bf16_dot, fma, int8_dot
 from kernels.lowerings.panel_product import Arithmetic, Stored
 from kernels.packing import BF16_GROUP, DOT_GROUP, NIBBLE_RUN, PLANE_EXPONENTS
 from kernels.targets import KernelTarget
@@ -50,10 +50,13 @@ def panels(target: KernelTarget) -> Arithmetic:
     return Arithmetic(fma(), stored)
 
 
-def pairs(target: KernelTarget) -> Arithmetic:
+def pairs(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = bf16_dot) -> Arithmetic:
     """One-byte codes unpacked to bf16, in which ±2^p is exact: half of bf16's weight traffic."""
     stored = Stored("int8", LANES * BF16_GROUP, (_to_bf16,))
-    return Arithmetic(bf16_dot(target), stored)
+    return Arithmetic(unit(target), stored)
+
+
+amx_pairs = partial(pairs, unit=amx_bf16)
 
 
 def _table(target: KernelTarget, entries: list[int], index: Any) -> Any:
@@ -93,13 +96,16 @@ def _from_nibbles(target: KernelTarget, packed: Any) -> Any:
     return tirx.Cast("int8x64", magnitude * sign)
 
 
-def nibbles(target: KernelTarget) -> Arithmetic:
+def nibbles(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = int8_dot) -> Arithmetic:
     """Codes of four bits, looked up in registers on their way to the dot product.
 
     Half of the weight traffic of int8 for one look-up a panel row and tile.
     """
     stored = Stored("uint8", NIBBLE_RUN // 2, (partial(_from_nibbles, target),))
-    return Arithmetic(int8_dot(target), stored)
+    return Arithmetic(unit(target), stored)
+
+
+amx_nibbles = partial(nibbles, unit=amx_int8)
 
 
 def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
@@ -121,8 +127,11 @@ def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
     return decode
 
 
-def planes(target: KernelTarget) -> Arithmetic:
+def planes(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = int8_dot) -> Arithmetic:
     """Fourteen exponents in one-byte codes: two dot products, of the small and the large powers."""
     decoders = tuple(_from_plane(target, plane) for plane in range(2))
     stored = Stored("int8", _RUN, decoders, 2.0**PLANE_EXPONENTS)
-    return Arithmetic(int8_dot(target), stored)
+    return Arithmetic(unit(target), stored)
+
+
+amx_planes = partial(planes, unit=amx_int8)
