@@ -208,9 +208,14 @@ _threads = torch.get_num_threads()
 def set_threads(threads: int) -> None:
     """Sets the CPU threads of TVM and of torch, for all kernels of this process."""
     global _threads
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    kernels_of_this_thread(threads)
     torch.set_num_threads(threads)
     _threads = threads
+
+
+def kernels_of_this_thread(threads: int) -> None:
+    """Sets the CPU threads of kernels that are launched by this thread of Python's alone."""
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
 
 
 def get_threads() -> int:

@@ -16,6 +16,7 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor
 
+from kernels.launches import launch
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.arithmetic import fastest
@@ -36,7 +37,7 @@ def _route(
     if m:
         given = (x, gate, gate_bias) if norm is None else (x, gate, gate_bias, norm)
         kernel = layer_kernel("top1_routing", k, experts, norm is not None)
-        kernel(*given, rows, probability, counts)
+        launch(kernel, *given, rows, probability, counts)
     else:
         counts.zero_()
     return rows, probability, counts
@@ -93,7 +94,7 @@ def _moe(
         kernel = experts_kernel("mixture", tuple(sizes), tuple(forms), *there)
         given = [tensor for tensor in (norm, gate, gate_bias) if tensor is not None]
         added = () if residual is None else (_of_images(residual),)
-        kernel(_of_images(x), *given, *packed, *added, _of_images(out))
+        launch(kernel, _of_images(x), *given, *packed, *added, _of_images(out))
     return out
 
 
@@ -118,7 +119,7 @@ def _depthwise_moe(
         there = (False, False, residual is not None)
         kernel = experts_kernel("depthwise_mixture", (channels, n), tuple(forms), *there)
         added = () if residual is None else (residual.contiguous(),)
-        kernel(grid, weight, bias, *router, *packed, *added, out)
+        launch(kernel, grid, weight, bias, *router, *packed, *added, out)
     return out
 
 

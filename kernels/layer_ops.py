@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.build import get_threads
+from kernels.launches import launch
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.add import LONG_TOKENS
 from kernels.operators import operator
@@ -32,7 +33,7 @@ def _angular_attention(qkv: Tensor, conv: Tensor, alphabet: str) -> Tensor:
         split = -(-sequences // threads) * threads > _SPLIT_GAIN * sequences
         group_bits = 6 if tokens >= LONG_TOKENS else 4
         kernel = layer_kernel("angular_attention", head_dim, window, alphabet, split, group_bits)
-        kernel(qkv.contiguous().view(images, tokens, 3, heads, head_dim), conv, out)
+        launch(kernel, qkv.contiguous().view(images, tokens, 3, heads, head_dim), conv, out)
     return out.view(images, tokens, heads * head_dim)
 
 
@@ -44,7 +45,7 @@ def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, gelu: 
     images, tokens, channels = x.shape
     grid = x.contiguous().view(images, height, tokens // height, channels)
     out = torch.empty_like(grid)
-    layer_kernel("depthwise_gelu", channels, gelu)(grid, weight, bias, out)
+    launch(layer_kernel("depthwise_gelu", channels, gelu), grid, weight, bias, out)
     return out.view(x.shape)
 
 
@@ -58,7 +59,7 @@ def _layer_norm(x: Tensor, norm: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
     if out.numel():
-        layer_kernel("layer_norm", rows.shape[1])(rows, norm, out)
+        launch(layer_kernel("layer_norm", rows.shape[1]), rows, norm, out)
     return out.view(x.shape)
 
 
@@ -71,7 +72,7 @@ def _patches(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
     if out.numel():
         channels = x.shape[1]
         windows = out.view(*out.shape[:3], channels, side, side)
-        layer_kernel("patches", side, stride, padding)(x.contiguous(), windows)
+        launch(layer_kernel("patches", side, stride, padding), x.contiguous(), windows)
     return out
 
 

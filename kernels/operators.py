@@ -2,7 +2,8 @@
 
 Torch's dispatcher takes 10 to 40 µs to call an operator that is written in Python, as long as a
 small kernel. So a call goes to the function itself, unless someone must see the operator: a
-compiler, an exporter, a profiler, a mode or a tensor that is more than numbers.
+compiler, an exporter, a profiler, a mode or a tensor that is more than numbers; not while launches
+are noted (``kernels.launches``), for then what the function does is to be seen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from kernels.launches import are_noted
 
 _library = torch.library.Library("shiftadd", "DEF")
 
@@ -42,7 +45,7 @@ def operator(
     registered = getattr(torch.ops.shiftadd, name)
 
     def call(x: Tensor, *given: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_seen(x):
+        if torch.compiler.is_compiling() or (_is_seen(x) and not are_noted()):
             return registered(x, *given)
         return implementation(x, *given)
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.build import Kernel, build, get_threads, set_threads
+from kernels.build import Kernel, build, get_threads, kernels_of_this_thread, set_threads
 from kernels.forms import AROUND
+from kernels.launches import launch
 from kernels.lowerings.add import LONG_TOKENS
 from kernels.operators import operator
 from kernels.targets import KernelTarget, cpu_target, cuda_target
@@ -28,6 +29,8 @@ __all__ = [
     "add_attention",
     "add_kv",
     "add_qkv",
+    "get_threads",
+    "kernels_of_this_thread",
     "last_dimension",
     "linear",
     "linear_kernel",
@@ -100,7 +103,7 @@ def _launch_attention(
     split = long and b < get_threads()
     dtype = str(values.dtype).removeprefix("torch.")
     kernel = _attention_kernel(product, bits, n, alphabet, dtype, values.device, long, split)
-    kernel.launch(*(operand.contiguous() for operand in (*coded, values)), out)
+    launch(kernel.launch, *(operand.contiguous() for operand in (*coded, values)), out)
     return out
 
 
@@ -120,7 +123,7 @@ def _linear(
         beside.append(residual.reshape(-1, n).contiguous())
     around = _AROUND[norm is not None, gelu, residual is not None]
     kernel = linear_kernel(form, rows.shape[1], n, x.device, around)
-    kernel.launch(rows, *packed, *beside, out.view(-1, n))
+    launch(kernel.launch, rows, *packed, *beside, out.view(-1, n))
     return out
 
 

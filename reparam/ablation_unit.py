@@ -32,6 +32,7 @@ from reparam.linear_attention import linear_workloads
 from reparam.model_cost import measure_energies, measure_latencies
 from reparam.model_energy import COVERS, modelled_energy_mj
 from reparam.outcome import Candidate
+from reparam.plan import planned
 from reparam.recipe import Recipe
 from reparam.results import Interval
 from reparam.stages import (
@@ -214,10 +215,11 @@ def _evaluated(
         final_guesses, _ = predict(final, run.data, "test", batch)
     correct = final_guesses == labels
 
-    models = {ORIGINAL: original.model, unit.variant: final}
+    timed = final if is_original else planned(final, run.example)
+    models = {ORIGINAL: original.model, unit.variant: timed}
     timings = measure_latencies(models, run.example, TIMING)
     timing = timings[unit.variant]
-    energy = measure_energies({unit.variant: final}, run.example, cpu_info(study.recipe.threads))
+    energy = measure_energies({unit.variant: timed}, run.example, cpu_info(study.recipe.threads))
     reading = energy[unit.variant]
     modelled_mj = modelled_energy_mj(candidate.model, run.example) + sum(
         operation_energy(workload).with_memory_mj

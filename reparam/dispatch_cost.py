@@ -2,7 +2,7 @@
 
 The experts get as many tokens as the router sends them, but side by side in memory, and their
 kernels are launched one by one on outputs that are there already. What the layer takes beyond that
-is routing, reading and writing tokens where they lie, and the operator itself.
+is routing, and reading and writing tokens where they lie. Both are launched as a plan does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed import DeployedLinear
 from reparam.deployed_mlps import DeployedMoE
+from reparam.plan import launches_of
 from reparam.predicted_measured import Case, moe_sizes
 from reparam.results import Interval
 from reparam.versus_torch import force_share_
@@ -64,7 +65,7 @@ def dispatch_costs(case: Case, share: float, settings: TimingSettings) -> Iterat
             for launch in launches:
                 launch()
 
-        whole = partial(layer, *args, **kwargs)
+        whole = launches_of(partial(layer, **kwargs), *args)
         timings = measure_interleaved({"layer": whole, "experts": alone}, settings)
         yield DispatchCost(
             layer=fqn,

@@ -24,6 +24,7 @@ from reparam.dispatch_examples import dispatch_examples
 from reparam.losses import optimal_share
 from reparam.model_cost import compiled, measure_energies, measure_latencies, predict_latency
 from reparam.model_energy import COVERS, modelled_energy_mj
+from reparam.plan import planned
 from reparam.results import Epoch, FinetuneResults, Interval, LayerDispatch, VariantResult
 
 COMPILED = "original_compiled"
@@ -101,7 +102,8 @@ def evaluate_candidates(
         for candidate in candidates
     }
     parameters[COMPILED] = parameters[original.name]
-    costs = _measure({"original": original.model, **deployed}, example, device, parameters)
+    plans = {name: planned(model, example) for name, model in deployed.items()}
+    costs = _measure({"original": original.model, **plans}, example, device, parameters)
     modelled = {
         candidate.name: modelled_energy_mj(candidate.model, example) for candidate in candidates
     }

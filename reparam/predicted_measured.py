@@ -23,6 +23,7 @@ from profiler.timing import measure_interleaved
 from reparam.deploy import stored_bytes
 from reparam.deployed_mlps import DeployedMoE
 from reparam.one_pass import Hook, watch_pass
+from reparam.plan import launches_of, planned
 from reparam.versus_torch import force_share_
 from reparam.watched_work import work_of
 
@@ -70,8 +71,8 @@ def measured_rows(
     models = {"deployed": case.deployed, "torch": case.original}
     subject = f"{case.model}, batch {len(case.example)}"
     if not {_key("model", subject, name, device) for name in models} <= known:
-        launches = {name: partial(model, case.example) for name, model in models.items()}
-        timings = _timed(launches, settings)
+        runs = models | {"deployed": planned(case.deployed, case.example)}
+        timings = _timed({name: partial(run, case.example) for name, run in runs.items()}, settings)
         for name, model in models.items():
             work = work_of(model, case.example)
             details = case.about | work.details() | _kernels(work, name, table)
@@ -84,7 +85,9 @@ def measured_rows(
         for share in SHARES:
             made[share] = copy.deepcopy(layer)
             force_share_(made[share], share / 100, *args, **kwargs)
-        launches = {str(share): partial(one, *args, **kwargs) for share, one in made.items()}
+        launches = {
+            str(share): launches_of(partial(one, **kwargs), *args) for share, one in made.items()
+        }
         timings = _timed(launches, settings)
         for share, one in made.items():
             work = work_of(one, *args, **kwargs)

@@ -19,6 +19,7 @@ from reparam.deployed_mlps import DeployedMoE
 from reparam.moe import MoEMlp
 from reparam.one_pass import watched
 from reparam.other_runtimes import runtime_contestants
+from reparam.plan import planned
 from reparam.results import Interval
 from reparam.versus_torch_result import Comparison, Contestant
 
@@ -135,6 +136,8 @@ def compare(
 ) -> Comparison:
     """Times ours, PyTorch's ways of one model and other runtimes in turns, in one run.
 
+    Ours are planned for the example, as PyTorch's are compiled for it.
+
     Args:
         name: Of the model.
         original: Before any conversion.
@@ -151,7 +154,8 @@ def compare(
                 failed[way] = reason
             else:
                 found[way] = run
-    every = of_torch | others | deployed
+    ours = {way: planned(model, example) for way, model in deployed.items()}
+    every = of_torch | others | ours
     launches = {way: partial(run, example) for way, run in every.items()}
     with torch.no_grad():
         timings = measure_interleaved(launches, settings)

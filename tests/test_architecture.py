@@ -38,6 +38,7 @@ ALLOWED = {
         "kernels.torch_ops",
         "kernels.layer_ops",
         "kernels.expert_ops",
+        "kernels.launches",
         "profiler.timing",
         "profiler.samples",
         "profiler.energy",

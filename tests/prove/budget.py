@@ -26,6 +26,7 @@ from profiler.samples import PRESETS
 from reparam.accuracy import dispatch_shares, predict, top1
 from reparam.deploy import deploy
 from reparam.model_cost import measure_latencies
+from reparam.plan import planned
 from reparam.recipe import Variant, load_recipe
 from reparam.stages import (
     Run,
@@ -87,7 +88,9 @@ def main(
         with dispatch_shares(trained) as shares:
             guesses, labels = predict(trained, data, "test", len(example))
         expected_ms = objective.curves.expected_ms(shares)
-        timing = measure_latencies({"deployed": deploy(trained)}, example, PRESETS["standard"])
+        timing = measure_latencies(
+            {"deployed": planned(deploy(trained), example)}, example, PRESETS["standard"]
+        )
         measured_ms = timing["deployed"].latency_ms
         if measured_ms is None:
             print(f"{asked.name}: {timing['deployed'].reason}")

@@ -1,0 +1,174 @@
+"""Plans: the model's results from flat lists of launches, in memory that lives share."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kernels.build import get_threads, set_threads
+from kernels.launches import noted
+from reparam.convert import ReparamConfig, reparameterize_
+from reparam.deploy import deploy
+from reparam.plan import Plan, launches_of, planned
+from reparam.plan_memory import Life, offsets
+from reparam.plan_trace import PlanError
+
+LIVES = st.dictionaries(
+    st.integers(0, 30),
+    st.builds(
+        lambda size, first, steps: Life(size, first, first + steps),
+        st.integers(1, 500),
+        st.integers(0, 20),
+        st.integers(0, 10),
+    ),
+    max_size=30,
+)
+
+
+@given(LIVES)
+def test_what_lives_at_the_same_time_shares_no_byte(lives):
+    places, end = offsets(lives)
+    assert places.keys() == lives.keys()
+    for name, life in lives.items():
+        assert places[name] % 64 == 0 and places[name] + life.size <= end
+        for other, beside in lives.items():
+            if other != name and life.meets(beside):
+                apart = (
+                    places[name] + life.size <= places[other]
+                    or places[other] + beside.size <= places[name]
+                )
+                assert apart
+
+
+def test_a_chain_of_layers_needs_room_for_two():
+    chain = {step: Life(640, step, step + 1) for step in range(50)}
+    assert offsets(chain)[1] == 2 * 640
+
+
+@pytest.fixture
+def two_threads():
+    before = get_threads()
+    set_threads(2)
+    yield
+    set_threads(before)
+
+
+def _deployed(name, **options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **options).eval()
+    reparameterize_(model, ReparamConfig(attention="add"))
+    reparameterize_(model, ReparamConfig(attention_linears="shift_int8", mlp="moe"))
+    return deploy(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "options"),
+    [
+        ("vit_tiny_patch16_224", 32, {"depth": 2, "img_size": 32}),
+        ("pvt_v2_b0", 64, {}),
+    ],
+)
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_plan_gives_what_the_model_gives(two_threads, name, side, options, images):
+    model = _deployed(name, **options)
+    x = torch.randn(images, 3, side, side)
+    plan = Plan(model, x)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn_like(x)
+            # A code may fall on the other side where sums are cut otherwise.
+            torch.testing.assert_close(plan(x), model(x), rtol=1e-3, atol=2e-2)
+
+
+def test_each_way_gives_the_same(two_threads, monkeypatch):
+    model = _deployed("vit_tiny_patch16_224", depth=2, img_size=32)
+    x = torch.randn(5, 3, 32, 32)
+    found, out = [], {}
+    monkeypatch.setattr(Plan, "_seconds", lambda self, way, example: found.append(way) or 0.0)
+    Plan(model, x)
+    assert len(found) == 3  # all at once, one image and two images a thread
+    for place, way in enumerate(found):
+        out[place] = torch.empty(5, 5)
+        for _ in range(3):
+            way(x, out[place])
+    with torch.no_grad():
+        for each in out.values():
+            torch.testing.assert_close(each, model(x), rtol=1e-3, atol=2e-2)
+    assert get_threads() == 2
+
+
+def test_no_module_is_called_and_nothing_is_allocated_between_the_layers():
+    x, found = torch.randn(1, 3, 32, 32), []
+    for depth in (1, 3):
+        model = _deployed("vit_tiny_patch16_224", depth=depth, img_size=32)
+        plan = Plan(model, x)
+        for part in model.modules():
+            part.forward = None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            plan(x)
+        found.append(sorted(event.name for event in seen.events()))
+    # Torch's part is the same however many blocks there are.
+    assert found[0] == found[1]
+    assert not any(name.startswith("shiftadd") for name in found[0])
+
+
+def test_weights_that_are_written_in_place_are_followed():
+    model = _deployed("vit_tiny_patch16_224", depth=1, img_size=32)
+    x = torch.randn(1, 3, 32, 32)
+    plan, before = Plan(model, x), copy.deepcopy(model)
+    with torch.no_grad():
+        model.head.bias.add_(1.0)
+        torch.testing.assert_close(plan(x), before(x) + 1.0)
+
+
+def test_any_layers_of_torch_can_be_in_it():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AvgPool2d(2)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(Plan(model, x)(x), model(x))
+
+
+class _Chooses(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+class _Drops(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5)
+
+
+class _GivesTwo(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("model", [_Chooses(), _Drops(), _GivesTwo()])
+def test_what_is_no_matter_of_shape_is_refused(model):
+    x = torch.randn(4, 3)
+    with pytest.raises(PlanError):
+        Plan(model, x)
+    with pytest.warns(UserWarning, match="not planned"):
+        assert planned(model, x) is model
+
+
+def test_an_input_of_another_shape_is_refused():
+    plan = Plan(nn.Linear(3, 4).eval(), torch.randn(2, 3))
+    with pytest.raises(PlanError, match=r"\(3, 3\), planned for \(2, 3\)"):
+        plan(torch.randn(3, 3))
+
+
+def test_a_layer_is_launched_as_in_a_plan():
+    layer = deploy(nn.Sequential(_deployed("vit_tiny_patch16_224", depth=1, img_size=32).blocks[0]))
+    launch = launches_of(layer, torch.randn(1, 5, 192))
+    seen = []
+    with noted(seen.append):
+        launch()
+    # Straight to the kernels: nobody is told.
+    assert seen == []
