@@ -15,13 +15,13 @@ from kernels.lowerings.emit import (
     argument,
     at,
     fill,
-    gelu,
     inside,
     local,
     near,
     prefetch,
     program,
 )
+from kernels.lowerings.gelu import gelu
 from kernels.lowerings.mixture import Router, Sizes, Tokens, codes_of, through_experts
 from kernels.lowerings.routing import Order, choose
 from kernels.targets import KernelTarget
@@ -43,6 +43,8 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
         target: The CPU.
     """
 
+    activation = gelu(target) if activated else None
+
     def body() -> None:
         grid = tuple(T.int32() for _ in range(3))
         x, weight, bias = _arguments(grid, channels)
@@ -54,7 +56,7 @@ def depthwise_gelu(channels: int, activated: bool, target: KernelTarget) -> tirx
                 T.buffer_store(out, value, [image, line, first + column, where])
 
             place = (image, line, first, columns)
-            _convolved(x, weight, bias, grid, place, activated, store)
+            _convolved(x, weight, bias, grid, place, activation, store)
 
         _each_block(grid, block)
 
@@ -92,7 +94,7 @@ def depthwise_mixture(sizes: Sizes, target: KernelTarget) -> tirx.PrimFunc:
                     T.buffer_store(done, value, [column, at(vector * LANES, LANES)])
 
                 place = (image, line, first, columns)
-                _convolved(x, weight, bias, grid, place, True, store)
+                _convolved(x, weight, bias, grid, place, gelu(target), store)
                 with T.serial(0, columns) as column:
                     token = (image * height + line) * width + first + column
                     if router is not None and order is not None:
@@ -137,7 +139,7 @@ def _convolved(
     bias: Any,
     grid: tuple[Any, ...],
     place: tuple[Any, Any, Any, int],
-    activated: bool,
+    activation: Callable[[Any], Any] | None,
     store: Callable[[Any, int, Any], None],
 ) -> None:
     """Emits some columns of a line; ``store(vector, column, value)`` takes what comes out."""
@@ -145,7 +147,7 @@ def _convolved(
     with T.serial(0, int(x.shape[3]) // LANES) as vector:
         where, own = at(vector * LANES, LANES), at(0, LANES)
         kept, held = local((SIDE * SIDE, LANES)), local((columns, LANES))
-        value, scratch = local(LANES), local((3, LANES))
+        value = local(LANES)
         for tap in range(SIDE * SIDE):
             within = inside(line + (tap // SIDE - 1), height)
             factor = fill(tirx.Select(within, T.float32(1), T.float32(0)), LANES)
@@ -167,4 +169,4 @@ def _convolved(
                 T.buffer_store(held, total, [column, own])
         for column in range(columns):
             total = held[column, own]
-            store(vector, column, gelu(total, scratch) if activated else total)
+            store(vector, column, total if activation is None else activation(total))

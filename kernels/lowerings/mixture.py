@@ -20,6 +20,7 @@ from kernels.lowerings import amx, panel_rows
 from kernels.lowerings.activations import copy_row, normalised, prepare_row, quantise_row
 from kernels.lowerings.arithmetic import fastest
 from kernels.lowerings.emit import LANES, argument, at, local, program, rows_of, workspace
+from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import PREPARED, PanelProduct, Rows, store_row
 from kernels.lowerings.routing import Order, choose
 from kernels.packing import PANEL
@@ -191,7 +192,9 @@ def through_experts(
         out = argument("out", shape, "float32")
         tokens = emit_tokens()
         residual = None if added is None else rows_of(added)
-        _each_task(_Experts(sizes, linears, tokens, residual, rows_of(out)), images * each)
+        activation = gelu(target) if sizes.gelu else None
+        experts = _Experts(sizes, linears, activation, tokens, residual, rows_of(out))
+        _each_task(experts, images * each)
 
     return program(body, "\n".join(sorted(llvm)) or None)
 
@@ -227,10 +230,11 @@ def _held(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Experts:
-    """Their linears, what these read and where the last of them writes."""
+    """Their linears, what follows the first, what they read and where the last of them writes."""
 
     sizes: Sizes
     linears: Sequence[_Linear]
+    activation: Callable[[Any], Any] | None
     tokens: Tokens
     residual: Any
     out: Any
@@ -264,7 +268,7 @@ class _Experts:
                 self.sizes.task_rows,
                 self.sizes.tile_rows,
                 memory.row_scale.__getitem__ if "quantise" in linear.fused else None,
-                self.sizes.gelu and is_first,
+                self.activation if is_first else None,
                 self._weight(first) if is_last else None,
             )
             write = partial(self._write, linear, first) if is_last else partial(_keep, memory)

@@ -16,6 +16,7 @@ from kernels.lowerings import panel_rows
 from kernels.lowerings.activations import prepare_row
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles, workspace
+from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import (
     PREPARED,
     VECTORS,
@@ -125,7 +126,7 @@ def linear_panels(
 
             task(Rows(given.x, first, count, most, most, **after, fetch=fetch), first, panel)
 
-        after: dict[str, Any] = {"activated": "gelu" in workload.fused}
+        after: dict[str, Any] = {"activation": gelu(target) if "gelu" in workload.fused else None}
         if not {"quantise", "cast", "layer_norm"} & set(workload.fused):
             tiles(m, product.panels, most, outer, direct)
             return

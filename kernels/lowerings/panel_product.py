@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, argument, at, fill, gelu, local, spans
+from kernels.lowerings.emit import LANES, argument, at, fill, local, spans
 from kernels.lowerings.inner_product import Unit
 from kernels.packing import BF16_GROUP, DOT_GROUP, PANEL
 
@@ -64,7 +64,7 @@ class Rows:
         most: How many there can be.
         tile: How many at a time, where sums are in vector registers.
         scale: ``scale(row)``, where they were quantised.
-        activated: Whether a GELU follows.
+        activation: Of a vector of results, where one follows.
         weight: ``weight(row)``, a factor of the result.
         fetch: ``fetch(rows, step)`` asks for what lies behind so many rows; emitted at each step.
     """
@@ -75,7 +75,7 @@ class Rows:
     most: int
     tile: int
     scale: Callable[[Any], Any] | None = None
-    activated: bool = False
+    activation: Callable[[Any], Any] | None = None
     weight: Callable[[Any], Any] | None = None
     fetch: Callable[[int, Any], None] | None = None
 
@@ -164,8 +164,7 @@ class PanelProduct:
             rows: What follows.
             r: Which of them.
         """
-        scratch, done = local((3, LANES)), local(PANEL)
-        vectors = []
+        done, vectors = local(PANEL), []
         for v in range(VECTORS):
             channel = at(panel * PANEL + v * LANES, LANES)
             value = self._joined([plane[v] for plane in sums], channel)
@@ -174,8 +173,8 @@ class PanelProduct:
             elif self.scale is not None:
                 value = value * self.scale[channel]
             value = value + self.bias[channel]
-            if rows.activated:
-                T.buffer_store(done, gelu(value, scratch), [at(v * LANES, LANES)])
+            if rows.activation is not None:
+                T.buffer_store(done, rows.activation(value), [at(v * LANES, LANES)])
                 value = done[at(v * LANES, LANES)]
             if rows.weight is not None:
                 value = value * fill(rows.weight(r), LANES)

@@ -5,13 +5,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+import tvm.script.ir_builder.tirx as T
 from torch.nn import functional as F
 
 import kernels.expert_ops
 import kernels.layer_ops  # noqa: F401  both register torch.ops.shiftadd
-from kernels.build import set_threads
+from kernels.build import compile_program, set_threads
 from kernels.layer_kernels import layer_kernel
+from kernels.lowerings.emit import argument, at, program
+from kernels.lowerings.gelu import _by_pieces, gelu
 from kernels.packing import pack_linear, quantise_weight
+from kernels.targets import cpu_target
 
 
 def _angular(qkv, conv, alphabet):
@@ -167,6 +171,27 @@ def test_experts_are_their_steps(forms, widths, gelu, normalised, added):
         out = torch.ops.shiftadd.moe(x, norm, *gates, _flat(parts), each, sizes, gelu, residual)
         expected = _steps(x, norm, router, parts, each, sizes, gelu, residual)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chip", [None, "generic"])
+def test_gelu_keeps_its_digits_over_the_whole_range(chip):
+    values = torch.cat([torch.linspace(-9, 9, 16 * 4001), torch.logspace(-30, 30, 16 * 101)])
+    target = cpu_target(chip)
+
+    def body():
+        count = T.int32()
+        x, out = (argument(name, (count, 16), "float32") for name in ("x", "out"))
+        with T.parallel(0, count) as row:
+            T.buffer_store(out, gelu(target)(x[row, at(0, 16)]), [row, at(0, 16)])
+
+    for x in (values, -values):
+        x = x.view(-1, 16)
+        out = torch.empty_like(x)
+        compile_program(program(body), target)["main"](x, out)
+        expected = F.gelu(x.double())
+        # The quotient is as good as its own error, the pieces as the last place of 1/2.
+        limit = 1.5e-7 if gelu(target) is _by_pieces else 5e-7
+        assert ((out - expected).abs() <= limit * x.abs()).all()
 
 
 def test_experts_take_tokens_of_any_layout():
