@@ -9,6 +9,8 @@ fastest is tried out.
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -154,9 +156,18 @@ def _apart(model: nn.Module, example: Tensor, some: int) -> Way:
 
 @functools.cache
 def _workers(threads: int) -> ThreadPoolExecutor:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    free = iter(cores if len(cores) == threads else [])
+
     def begin() -> None:
         kernels_of_this_thread(1)
+        # Torch takes over what others are told when it is first used by a thread.
+        torch.get_num_threads()
         torch.set_num_threads(1)
+        # Where each thread has a core, a thread that has waited for Python's lock would else wake
+        # up on the core of the one that gave it away, and wait for that.
+        for core in itertools.islice(free, 1):
+            os.sched_setaffinity(0, {core})
 
     before = torch.get_num_threads()
     workers = ThreadPoolExecutor(threads, "images", begin)
