@@ -163,7 +163,7 @@ class LearnedLatency(BaseEstimator):
         """The cores with the least error of their own on left-out rows, with and without more."""
         every = [
             (name, machine)
-            for name in cores_for(rows.facts, self.is_baseline, self.device)
+            for name in cores_for(self.lowering, rows.facts, self.is_baseline, self.device)
             for machine in machines(name, rows.facts, self.device)
         ]
 

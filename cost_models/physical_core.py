@@ -37,6 +37,10 @@ _LONG_TOKENS = 512
 _WORD_BITS = 32
 _CHUNK_TOKENS = 1024
 _MOST_CHUNKS = 16
+# Of AMX: rows of a tile, of a block whose sums the registers hold and of a task, and bytes of k
+# that one product consumes.
+_AMX_ROWS, _AMX_BLOCK, _AMX_TASK = 16, 32, 128
+_AMX_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     if core == "panels":
         rows = panel_rows(device, facts)
         return tuple(Machine(units, rows, _PANEL, l3_bytes=level) for level in levels)
+    if core == "blocks":
+        return tuple(Machine(units, _AMX_TASK, _PANEL, l3_bytes=level) for level in levels)
     if core in ("groups", "chunks"):
         return tuple(Machine(units, l3_bytes=level) for level in levels)
     return tuple(
@@ -172,6 +178,38 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     return terms | _streamed(sizes, facts, machine)
 
 
+def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Our linears by AMX: tasks of rows × one panel, in blocks of tiles of 16 rows.
+
+    Source: ``kernels.lowerings.amx``, ``kernels.lowerings.panel_gemm.amx_default_schedule``.
+    """
+    _, m, k, n = sizes
+    units = machine.units
+    panels, row_tasks = _ceil(n, _PANEL), _ceil(m, machine.tile_rows)
+    vectors = panels * (1 - 0.5 * (n <= _LANES))
+    share = _busiest(row_tasks * panels, units)
+    weights = weight_bytes(sizes, facts)
+    prepared = m * k * facts.x_dtype_bytes
+    held = (weights / panels) + _least(prepared, k * facts.x_dtype_bytes * _AMX_BLOCK)
+    blocks = _ceil(m, _AMX_BLOCK) * panels * share
+    bytes_of_k = round(_AMX_BYTES / facts.x_dtype_bytes)
+    terms: Terms = {
+        "launch": 1.0 + 0 * m,
+        "products": _ceil(m, _AMX_ROWS) * vectors * _ceil(k, bytes_of_k) * share,
+        "blocks": blocks,
+        "tasks": row_tasks * panels * share,
+        "row_panels": m * vectors * share,
+        "blocks_l2": blocks * held * _beyond(held, L1_BYTES),
+        "weights_l3": row_tasks * weights * share * _beyond(weights, machine.l2_bytes),
+        "weights_memory": row_tasks * weights * _beyond(weights, machine.l3_bytes),
+        "prepared": m * k * _busiest(m, units),
+        "prepared_rows": m * _busiest(m, units),
+    }
+    if facts.w_bytes < facts.x_dtype_bytes:
+        terms["decoded"] = row_tasks * vectors * k * share
+    return terms | _streamed(sizes, facts, machine)
+
+
 def _streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     """Operands and result, each touched once: from where all of them together fit."""
     b, m, k, n = sizes
@@ -255,14 +293,19 @@ def _tiles(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
 
 CORES: dict[str, Callable[[Sizes, FormFacts, Machine], Terms]] = {
     "panels": _panels,
+    "blocks": _blocks,
     "groups": _groups,
     "chunks": _chunks,
     "tiles": _tiles,
 }
 
 
-def cores_for(facts: FormFacts, is_baseline: bool, device: DeviceInfo) -> tuple[str, ...]:
+def cores_for(
+    lowering: str, facts: FormFacts, is_baseline: bool, device: DeviceInfo
+) -> tuple[str, ...]:
     """Cores that may describe a kernel: our own schedules', and the one that fits any."""
     if is_baseline or device.kind != "cpu":
         return ("tiles",)
-    return ("panels", "tiles") if facts.kind == "linear" else ("groups", "chunks", "tiles")
+    if facts.kind != "linear":
+        return ("groups", "chunks", "tiles")
+    return ("blocks" if ".amx_" in lowering else "panels", "tiles")

@@ -14,7 +14,7 @@ from cost_models.features import (
 )
 from cost_models.fitted_model import PhysicalCore
 from cost_models.models import LearnedLatency, fit_core
-from cost_models.physical_core import CORES, Machine, panel_rows
+from cost_models.physical_core import CORES, Machine, cores_for, machines, panel_rows
 from cost_models.rivals import FlopsProportional, NearestNeighbour, Roofline
 from kernels.forms import FORMS
 from kernels.lowerings import panel_gemm
@@ -85,9 +85,31 @@ def test_rows_are_counted_as_whole_tiles_and_the_blocks_that_are_left():
     assert halves["row_steps"] == 28 * 2 * 10 / 2
 
 
+def test_amx_is_counted_in_its_tiles_blocks_and_tasks():
+    device = CPU.model_copy(update={"isa": "amx_int8 avx512f", "threads": 1})
+    facts = form_facts("shift_int4")
+    core, _ = cores_for("shift.amx_nibbles", facts, False, device)
+    machine = machines(core, facts, device)[0]
+    schedule = panel_gemm.amx_default_schedule(linear("shift_int4", 9, 64, 64), cpu_target())
+    assert (core, machine.tile_rows) == ("blocks", schedule["tile_rows"])
+    terms = CORES[core](Sizes(1, 128 + 17, 65, 70), facts, machine)
+    # 10 tiles of rows, 3 panels, k in two pieces; 5 blocks and 2 tasks a panel.
+    assert (terms["products"], terms["blocks"], terms["tasks"]) == (10 * 3 * 2, 15, 6)
+    assert terms["decoded"] == 2 * 3 * 65
+    assert "decoded" not in CORES[core](Sizes(1, 9, 65, 70), form_facts("shift_int8"), machine)
+    assert cores_for("shift.nibbles", facts, False, device)[0] == "panels"
+
+
 @settings(max_examples=50)
 @given(
-    st.sampled_from([("panels", "shift_int8"), ("panels", "mult_fp32"), ("tiles", "mult_bf16")]),
+    st.sampled_from(
+        [
+            ("panels", "shift_int8"),
+            ("panels", "mult_fp32"),
+            ("tiles", "mult_bf16"),
+            ("blocks", "shift_int4"),
+        ]
+    ),
     st.integers(1, 500),
     st.integers(1, 500),
     size,
