@@ -150,6 +150,7 @@ def sweep_toml(
         f"threads = [{threads}]",
         'timing = "quick"',
         "baselines = false",
+        "superseded = false",
     ]
     for group in groups:
         if isinstance(group, LinearGroup):

@@ -229,6 +229,13 @@ def lowerings(workload: Workload, target: KernelTarget | None = None) -> list[st
     return [name for name in _known(workload, target) if LOWERINGS[name].runs_on(target)]
 
 
+def superseded(workload: Workload, target: KernelTarget) -> list[str]:
+    """Those of ``lowerings`` whose form a target has a faster unit for."""
+    able = lowerings(workload, target)
+    by_tiles = [name for name in able if LOWERINGS[name].amx]
+    return [name for name in able if name not in by_tiles] if by_tiles else []
+
+
 def _known(workload: Workload, target: KernelTarget) -> list[str]:
     """Those for its kind of target, whatever instructions it has."""
     around = set(workload.fused) & set(AROUND)

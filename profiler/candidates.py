@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kernels.build import Kernel
+from kernels.build import Kernel, superseded
 from kernels.reference import max_abs_error, random_operands, relative_error
 from kernels.workload import Workload
 from profiler.device import DeviceError
@@ -49,7 +49,8 @@ def candidates(setting: Setting) -> list[Candidate]:
         for lowering, is_baseline in setting.site.kernels(
             workload, setting.config.compiled_baselines
         )
-        if setting.config.baselines or not is_baseline
+        if (setting.config.baselines or not is_baseline)
+        and (setting.config.superseded or lowering not in superseded(workload, setting.target))
     ]
 
 

@@ -77,6 +77,7 @@ class SweepConfig(BaseModel):
         energy: Measure the energy of every shape where the device has a meter, which takes some
             20 s a row; a shape's own ``energy`` asks for that one.
         baselines: Measure torch's kernels beside ours.
+        superseded: Measure lowerings of ours too whose form the CPU has a faster unit for.
         compiled_baselines: Measure torch's baselines by ``torch.compile`` as well; needs g++.
         shapes: What to measure.
     """
@@ -90,6 +91,7 @@ class SweepConfig(BaseModel):
     timing: str = "standard"
     energy: bool = False
     baselines: bool = True
+    superseded: bool = True
     compiled_baselines: bool = False
     shapes: tuple[Annotated[LinearShape | AttentionShape, Field(union_mode="smart")], ...] = Field(
         min_length=1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +38,13 @@ Way = Callable[[Tensor, Tensor], None]
 class Plan(nn.Module):
     """A model for inputs of one shape, on as many threads as were set when it was made.
 
-    It follows what is written into the model's weights in place, but not tensors that are put in
+    Callers from several threads wait for each other: what lies between the layers is there once. It
+    follows what is written into the model's weights in place, but not tensors that are put in
     their place: a model that was changed so is planned anew.
 
     Args:
-        model: Deployed, in evaluation mode, on the CPU; one tensor in and one out.
+        model: Deployed, in evaluation mode, on the CPU; one tensor in and one out, each image for
+            itself.
         example: Its input, ``(images, ...)``.
 
     Attributes:
@@ -53,6 +56,7 @@ class Plan(nn.Module):
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         super().__init__()
+        self._in_use = threading.Lock()
         trace = trace_pass(model, example)
         # Their shapes and types alone.
         self._x, self._out = (part.to("meta") for part in (trace.x, trace.out))
@@ -69,7 +73,8 @@ class Plan(nn.Module):
         if x.shape != self._x.shape or x.dtype != self._x.dtype:
             raise PlanError(f"x: {tuple(x.shape)}, planned for {tuple(self._x.shape)}")
         out = torch.empty_like(self._out, device="cpu")
-        self._way(x, out)
+        with self._in_use:
+            self._way(x, out)
         return out
 
     def extra_repr(self) -> str:

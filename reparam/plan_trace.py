@@ -90,6 +90,8 @@ def trace_pass(model: Callable[[Tensor], Any], example: Tensor) -> Trace:
         PlanError: If what it does depends on more than the shape of its input, or it gives
             something else than one tensor.
     """
+    if example.device.type != "cpu":
+        raise PlanError(f"the input is on {example.device}: plans are of the CPU")
     x = example.detach().clone()
     watch = _Watch(x)
     with torch.no_grad(), noted(watch.launched), watch:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.build import LOWERINGS, BuildError, build, compiled
+from kernels.build import LOWERINGS, BuildError, build, compiled, superseded
 from kernels.reference import max_abs_error, random_operands
 from kernels.targets import cpu_target
 from kernels.workload import linear
@@ -35,6 +35,13 @@ def test_a_cpu_without_amx_is_told_so():
     with pytest.raises(BuildError, match="AMX"):
         build(linear("mult_int8", 4, 8, 8), "mult.amx_dot", target)
     assert build(linear("mult_int8", 4, 8, 8), target=target).lowering == "mult.dot"
+
+
+def test_vectors_are_superseded_where_there_are_tiles():
+    target, workload = cpu_target(), linear("shift_int4", 4, 8, 8)
+    assert superseded(workload, replace(target, amx=True)) == ["shift.nibbles"]
+    assert superseded(workload, replace(target, amx=False)) == []
+    assert superseded(linear("mult_fp32", 4, 8, 8), replace(target, amx=True)) == []
 
 
 def test_another_chip_is_never_given_this_machines_amx():

@@ -1,6 +1,7 @@
 """Plans: the model's results from flat lists of launches, in memory that lives share."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -156,6 +157,22 @@ def test_what_is_no_matter_of_shape_is_refused(model):
         Plan(model, x)
     with pytest.warns(UserWarning, match="not planned"):
         assert planned(model, x) is model
+
+
+def test_callers_from_several_threads_get_each_their_own(two_threads):
+    model = _deployed("vit_tiny_patch16_224", depth=1, img_size=32)
+    plan = Plan(model, torch.randn(2, 3, 32, 32))
+    inputs = [torch.randn(2, 3, 32, 32) for _ in range(20)]
+    with ThreadPoolExecutor(4) as callers:
+        found = list(callers.map(plan, inputs))
+    with torch.no_grad():
+        for x, out in zip(inputs, found):
+            torch.testing.assert_close(out, model(x), rtol=1e-3, atol=2e-2)
+
+
+def test_what_is_elsewhere_is_refused():
+    with pytest.raises(PlanError, match="meta"):
+        Plan(nn.Linear(3, 4).eval(), torch.empty(2, 3, device="meta"))
 
 
 def test_an_input_of_another_shape_is_refused():
