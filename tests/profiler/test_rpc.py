@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 from tvm.rpc import connect_tracker
+from tvm.target import codegen
 
 from kernels.build import build
 from kernels.reference import max_abs_error, random_operands
 from kernels.remote import RemoteError, connect
-from kernels.targets import cpu_target
 from kernels.workload import attention, linear
 from profiler import sweep
 from profiler.command_line import run
@@ -127,7 +127,7 @@ def test_a_sweep_of_a_remote_device_has_its_figures_and_no_energy(
         assert len(row.bursts_ms) >= SHORT.rounds_min
         assert row.energy_mj is None and row.energy_reason.startswith("RPC")
         assert not row.is_baseline
-        chip = cpu_target().chip
+        chip = codegen.llvm_get_system_cpu()
         assert row.device.name == f"{chip}, RPC key {KEY}" and row.device.isa.endswith(chip)
         assert row.device.threads == 1
     assert all(row.noise_floor is not None for row in rows)

@@ -99,7 +99,9 @@ def test_each_row_has_its_figures_its_samples_and_the_sweeps_noise_floor(command
     assert lost["mult_fp32"] < 1e-5 < lost["mult_int8"] < 0.02 < 0.05 < lost["shift_int8"] < 0.5
     assert lost["add_kv_pm1"] is None
     assert f"noise floor: {floor:.1%}" in out
-    assert "shift's error" in out.lower() and f"{lost['shift_int8']:.1%}" in out
+    # Of several lowerings of a form it is that of the fastest.
+    errors = [row.relative_error for row in rows if row.workload.form == "shift_int8"]
+    assert "shift's error" in out.lower() and any(f"{error:.1%}" in out for error in errors)
     assert f"{len(rows)} rows measured" in out and "harness" in out
 
 
