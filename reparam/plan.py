@@ -9,8 +9,6 @@ fastest is tried out.
 from __future__ import annotations
 
 import functools
-import itertools
-import os
 import threading
 import time
 import warnings
@@ -152,35 +150,36 @@ def _apart(model: nn.Module, example: Tensor, some: int) -> Way:
 
     def run(x: Tensor, out: Tensor) -> None:
         left = iter(starts)
-        workers = _workers(threads)
-        for done in [workers.submit(work, own, left, x, out) for own in passes]:
-            done.result()
+        others = [_others(threads - 1).submit(work, own, left, x, out) for own in passes[1:]]
+        kernels_of_this_thread(1)
+        try:
+            with torch_on_one_thread():
+                work(passes[0], left, x, out)
+        finally:
+            kernels_of_this_thread(threads)
+            for done in others:
+                done.result()
 
     return run
 
 
 @functools.cache
-def _workers(threads: int) -> ThreadPoolExecutor:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    free = iter(cores if len(cores) == threads else [])
+def _others(threads: int) -> ThreadPoolExecutor:
+    """Threads of Python's beside the caller's, in each of which kernels and torch have one."""
 
     def begin() -> None:
         kernels_of_this_thread(1)
         # Torch takes over what others are told when it is first used by a thread.
         torch.get_num_threads()
         torch.set_num_threads(1)
-        # Where each thread has a core, a thread that has waited for Python's lock would else wake
-        # up on the core of the one that gave it away, and wait for that.
-        for core in itertools.islice(free, 1):
-            os.sched_setaffinity(0, {core})
 
     before = torch.get_num_threads()
-    workers = ThreadPoolExecutor(threads, "images", begin)
-    for begun in [workers.submit(time.sleep, 0.01) for _ in range(threads)]:
+    others = ThreadPoolExecutor(threads, "images", begin)
+    for begun in [others.submit(time.sleep, 0.01) for _ in range(threads)]:
         begun.result()
     # What the last of them was told is else what later threads of torch's begin with.
     torch.set_num_threads(before)
-    return workers
+    return others
 
 
 @dataclass(frozen=True)
