@@ -160,8 +160,8 @@ def _prepared(
     """Within a loop over blocks: (first row, rows, workspace, scales of its rows or None)."""
     k, fused, padded = workload.k, workload.fused, given.product.padded_k
     element, width = PREPARED[given.product.unit.group]
-    # An odd number of cache lines apart, neighbouring rows share no set of the first cache: 1024³ by
-    # AMX took 10 % less so.
+    # An odd number of cache lines apart, neighbouring rows share no set of the first cache: 1024³
+    # by AMX took 10 % less so.
     lines = -(-padded * width // _LINE_BYTES)
     padded = (lines + 1 - lines % 2) * _LINE_BYTES // width
     block = max(1, _PREPARED_BYTES // (padded * width * tile_rows)) * tile_rows
