@@ -53,7 +53,7 @@ def _accumulate(target: KernelTarget, unit: Unit) -> tirx.PrimFunc:
         out = argument("out", (tasks, LANES), unit.total)
         with T.parallel(0, tasks) as task:
             if unit.amx:
-                amx.only_multiply(unit.amx, _STEPS)
+                amx.only_multiply(unit.amx, _STEPS, T.address_of(seed[task, 0]))
                 return
             sums, factor = local(sums_count * LANES, unit.total), local(width, unit.weights)
             T.buffer_store(factor, seed[task, at(0, width)], [at(0, width)])

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -121,9 +122,10 @@ def _portions(images: int, threads: int) -> Iterator[int]:
 
 def _together(whole: _Pass) -> Way:
     """All images at once, all threads in each kernel."""
+    threads = get_threads()
 
     def run(x: Tensor, out: Tensor) -> None:
-        with torch_on_one_thread():
+        with _kernels_on(threads):
             whole.run(x, out)
 
     return run
@@ -151,16 +153,25 @@ def _apart(model: nn.Module, example: Tensor, some: int) -> Way:
     def run(x: Tensor, out: Tensor) -> None:
         left = iter(starts)
         others = [_others(threads - 1).submit(work, own, left, x, out) for own in passes[1:]]
-        kernels_of_this_thread(1)
         try:
-            with torch_on_one_thread():
+            with _kernels_on(1):
                 work(passes[0], left, x, out)
         finally:
-            kernels_of_this_thread(threads)
             for done in others:
                 done.result()
 
     return run
+
+
+@contextmanager
+def _kernels_on(threads: int) -> Iterator[None]:
+    """Has kernels of the caller use some threads and torch one, and as many as are set after it."""
+    kernels_of_this_thread(threads)
+    try:
+        with torch_on_one_thread():
+            yield
+    finally:
+        kernels_of_this_thread(get_threads())
 
 
 @functools.cache

@@ -114,9 +114,17 @@ def end() -> None:
     _instruction("tilerelease")
 
 
-def only_multiply(instruction: str, times: int) -> None:
-    """Emits nothing but a block's products, ``MACS[instruction]`` each time."""
+def only_multiply(instruction: str, times: int, address: Any) -> None:
+    """Emits nothing but a block's products, ``MACS[instruction]`` each time.
+
+    Args:
+        instruction: Of a unit.
+        times: How often.
+        address: Of 64 bytes that make each row of the inputs and of the weights.
+    """
     _shape(0)
+    for register in (_INPUTS, _WEIGHTS):
+        _instruction("tileloadd64", _register(register), address, _bytes(0))
     with T.serial(0, times):
         for total in range(_ROW_TILES * VECTORS):
             _instruction(instruction, *map(_register, (total, _INPUTS, _WEIGHTS)))

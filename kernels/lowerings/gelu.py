@@ -38,7 +38,7 @@ _ERF_Q = (
     3.7424988252648504e-05,
 )
 # Phi(|x|) - 1/2 by pieces around 0, h, 2h, …: a polynomial of the fifth order each, whose error
-# (2e-8) is less than half of the last place of what it is added to. In the last piece, which what
+# (2.7e-8) is less than half of the last place of what it is added to. In the last piece, which what
 # is larger is brought to, it is 1/2.
 _PIECE = 0.375
 _ORDER = 5
@@ -49,9 +49,8 @@ _ROUNDS = 1.5 * 2.0**23
 def gelu(target: KernelTarget) -> Callable[[Any], Any]:
     """``gelu(target)(x)`` of a vector of ``LANES``, fp32.
 
-    Looking up the coefficients of a piece takes an instruction each where 16 numbers are one
-    register: a third of the time of a quotient of polynomials, whose division takes as long as all
-    of this.
+    Where 16 numbers are one register the coefficients of a piece are looked up, one instruction a
+    coefficient, and nothing is divided.
     """
     return _by_pieces if target.vector_bits == LANES * 32 else _by_quotient
 

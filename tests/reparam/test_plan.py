@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import reparam.plan
 from kernels.build import get_threads, set_threads
 from kernels.launches import noted
 from reparam.convert import ReparamConfig, reparameterize_
@@ -168,6 +169,18 @@ def test_callers_from_several_threads_get_each_their_own(two_threads):
     with torch.no_grad():
         for x, out in zip(inputs, found):
             torch.testing.assert_close(out, model(x), rtol=1e-3, atol=2e-2)
+
+
+def test_the_threads_that_are_set_stay_set(two_threads, monkeypatch):
+    told, tell = [], reparam.plan.kernels_of_this_thread
+    monkeypatch.setattr(
+        reparam.plan, "kernels_of_this_thread", lambda count: told.append(count) or tell(count)
+    )
+    plan = Plan(nn.Linear(3, 4).eval(), torch.randn(1, 3))
+    set_threads(1)
+    told.clear()
+    plan(torch.randn(1, 3))
+    assert told == [2, 1]
 
 
 def test_what_is_elsewhere_is_refused():
