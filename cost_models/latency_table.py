@@ -17,10 +17,9 @@ import json
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -58,8 +57,7 @@ class TableError(ValueError):
     """A table that cannot be read, or a question that it cannot answer."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a table knows of one workload.
 
     Attributes:
@@ -289,7 +287,8 @@ class LatencyTable(BaseModel):
                 f"form {form!r} has only baselines ({', '.join(known)}); name one as the lowering, "
                 "or measure ours with `python -m profiler.sweep`"
             )
-        found = [estimate for name in asked if (estimate := self._estimate(workload, name))]
+        answers = (self._estimate(workload, form, name) for name in asked)
+        found = [estimate for estimate in answers if estimate]
         if not found:
             raise TableError(
                 f"{workload.label} was not measured, and no model of {' or '.join(asked)} "
@@ -299,7 +298,7 @@ class LatencyTable(BaseModel):
             return found[0]
         return min(found, key=lambda e: (e.source == "extrapolated", e.latency_ms))
 
-    def _estimate(self, workload: Workload, lowering: str) -> Estimate | None:
+    def _estimate(self, workload: Workload, form: str, lowering: str) -> Estimate | None:
         entry = self._entries.get((workload, lowering))
         if entry:
             return Estimate(
@@ -312,7 +311,7 @@ class LatencyTable(BaseModel):
                 source="measured",
                 lowering=lowering,
             )
-        model = self._models.get((workload.form, lowering))
+        model = self._models.get((form, lowering))
         if model is None or not workload.is_canonical:
             return None
         try:
@@ -321,13 +320,18 @@ class LatencyTable(BaseModel):
             raise TableError(f"{workload.label}: the model of {lowering} overflows") from error
         if not (prediction.low_ms > 0 and math.isfinite(prediction.high_ms)):
             raise TableError(f"{workload.label}: the model of {lowering} gives no finite latency")
+        energy_model = self._energy_models.get((form, lowering))
+        if energy_model:
+            energy_mj, origin = energy_model.predict(workload).latency_ms, DEVICE_ENERGY
+        else:
+            energy_mj, origin = operation_energy(workload).with_memory_mj, MODELLED_ENERGY
         return Estimate(
             latency_ms=prediction.latency_ms,
             low_ms=prediction.low_ms,
             high_ms=prediction.high_ms,
-            energy_mj=self._energy_mj(workload, lowering),
+            energy_mj=energy_mj,
             energy_source="modelled",
-            energy_reason=f"not measured at this shape; {self._energy_origin(workload, lowering)}",
+            energy_reason=f"not measured at this shape; {origin}",
             source="extrapolated" if prediction.octaves_outside else "predicted",
             lowering=lowering,
         )
@@ -335,16 +339,6 @@ class LatencyTable(BaseModel):
     @cached_property
     def _energy_models(self) -> dict[tuple[str, str], FittedModel]:
         return {(model.form, model.lowering): model for model in self.energy_models}
-
-    def _energy_mj(self, workload: Workload, lowering: str) -> float:
-        model = self._energy_models.get((workload.form, lowering))
-        if model is None:
-            return operation_energy(workload).with_memory_mj
-        return model.predict(workload).latency_ms
-
-    def _energy_origin(self, workload: Workload, lowering: str) -> str:
-        known = (workload.form, lowering) in self._energy_models
-        return DEVICE_ENERGY if known else MODELLED_ENERGY
 
     def save(self, path: str | Path) -> None:
         """Writes the table; a reader sees the old file or the new one, never a part."""

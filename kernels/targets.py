@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch  # noqa: F401  (first: TVM's CUDA runtime finds libcudart where torch has loaded it)
 from tvm.target import Target, codegen
+
+from kernels.cpu_flags import cpu_flags
 
 _AMX_CHIP = "sapphirerapids"
 _AMX_FLAGS = {"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512_fp16"}
@@ -80,15 +81,7 @@ def host_chip() -> str:
     LLVM goes by the model's number, and a virtual machine may show that of an older one: what has
     AMX is a Sapphire Rapids at least.
     """
-    return _AMX_CHIP if _cpu_flags() >= _AMX_FLAGS else str(codegen.llvm_get_system_cpu())
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    return set(info.partition("\nflags")[2].partition("\n")[0].split())
+    return _AMX_CHIP if cpu_flags() >= _AMX_FLAGS else str(codegen.llvm_get_system_cpu())
 
 
 @functools.cache

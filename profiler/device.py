@@ -13,6 +13,8 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from kernels.cpu_flags import cpu_flags
+
 # What makes two machines differ as devices. Clocks and versions are recorded beside, not keyed:
 # they may change between two sweeps on the same card.
 _IDENTITY = (
@@ -97,13 +99,6 @@ def _cpu_name() -> str:
     return match.group(1) if match else platform.processor() or platform.machine()
 
 
-def _cpu_flags() -> set[str]:
-    match = re.search(
-        r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE
-    )
-    return set(match.group(1).split()) if match else set()
-
-
 def _cpu_family() -> str:
     info = _read("/proc/cpuinfo") or ""
     parts = [
@@ -113,7 +108,7 @@ def _cpu_family() -> str:
 
 
 def _isa() -> str:
-    flags = _cpu_flags()
+    flags = cpu_flags()
     names = (
         "avx512_vnni",
         "avx512_bf16",
@@ -159,7 +154,7 @@ def cpu_info(threads: int, isa: str | None = None) -> DeviceInfo:
         DeviceError: If ``threads`` is not between 1 and the number of usable CPUs, or the CPU has
             no such extension.
     """
-    if isa is not None and isa not in _cpu_flags():
+    if isa is not None and isa not in cpu_flags():
         raise DeviceError(f"--isa {isa}: this CPU does not have it")
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -120,7 +120,9 @@ def test_each_outside_library_has_its_room(module, place):
             assert place and str(path.relative_to(ROOT)).startswith(place), f"{path}: {module}"
 
 
-@pytest.mark.parametrize(("module", "ours"), [("forms", set()), ("workload", {"kernels.forms"})])
+@pytest.mark.parametrize(
+    ("module", "ours"), [("forms", set()), ("cpu_flags", set()), ("workload", {"kernels.forms"})]
+)
 def test_workload_is_standard_library_only(module, ours):
     names = set(_imports(ROOT / "kernels" / f"{module}.py"))
     others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
