@@ -1,4 +1,4 @@
-"""Which instructions the CPU has that we run on. Standard library only: whoever asks stays light."""
+"""What the CPU that we run on can do. Standard library only: whoever asks stays light."""
 
 from __future__ import annotations
 
