@@ -29,7 +29,8 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not alone' --numprocesses logical --dist loadfile
+	$(BIN)/pytest -m alone
 
 bench: install
 	$(BIN)/python tests/bench/gate.py --base $(BASE) --restarts $(RESTARTS)

@@ -33,6 +33,8 @@ from reparam.results import FinetuneResults
 from reparam.stages import open_task
 from reparam.training import seed_everything
 
+pytestmark = pytest.mark.alone
+
 TINY = """
 data = "digits"
 deploy_batch = 4

@@ -13,6 +13,8 @@ from reparam.deploy import deploy
 from reparam.dispatch_cost import _experts_alone, dispatch_costs, dispatch_table
 from reparam.predicted_measured import SHARES, Case, measured_rows, moe_sizes, table_of
 
+pytestmark = pytest.mark.alone
+
 
 def case(name, depth):
     torch.manual_seed(0)
