@@ -25,7 +25,7 @@ LARGEST_WAITING_SHARE = 0.2
 LARGEST_OTHERS_SHARE = 0.6
 # Of a core, below which a neighbour works on it too: that takes a third to a half of its speed. Its
 # clock, which changes by a sixth at most, takes less.
-LEAST_CORE_SHARE = 0.87
+LEAST_CORE_SHARE = 0.8
 
 _PLATEAU_WINDOW = 5
 _PLATEAU_TOLERANCE = 0.01
