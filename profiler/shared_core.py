@@ -65,7 +65,7 @@ class CoreShare:
     def __call__(self) -> float:
         """Looks once, and once more where something is missing.
 
-        After AMX a core is slower by up to a third for 60 to 300 µs: of that a neighbour is innocent.
+        After AMX a core is slower by up to a third for 60 to 300 µs: no neighbour does that.
         """
         share = self._look()
         if share < _WHOLE:
