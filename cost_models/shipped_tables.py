@@ -31,9 +31,13 @@ _MICROARCHITECTURES: dict[str, tuple[tuple[int, int, str], ...]] = {
         (0x55, 0x55, "intel-skylake"),
         (0x6A, 0x6C, "intel-icelake"),
         (0x8F, 0x8F, "intel-sapphire-rapids"),
+        (0xAD, 0xAE, "intel-granite-rapids"),
         (0xCF, 0xCF, "intel-emerald-rapids"),
     ),
 }
+
+# What names of processors say beside what they are.
+_TRADE = re.compile(r"\((?:R|TM)\)|\b(?:Processor|CPU)\b")
 
 
 def shipped_tables() -> tuple[str, ...]:
@@ -53,9 +57,10 @@ def shipped_for(device: DeviceInfo) -> str | None:
 
 
 def table_name(device: DeviceInfo) -> str:
-    """What a device's table is called: ``amd-zen4-avx512-2c-1t``, ``h200``.
+    """What a device's table is called: ``amd-zen4-avx512-2c-1t``, ``intel-xeon-amx-2c-1t``, ``h200``.
 
-    A CPU goes by its microarchitecture, widest vectors, cores and threads used, a GPU by its name.
+    A CPU goes by its microarchitecture, or its name where a virtual machine hides that, its widest
+    vectors or tiles, cores and threads used; a GPU by its name.
     """
     if device.kind == "cuda":
         return _slug(device.name.removeprefix("NVIDIA "))
@@ -66,8 +71,8 @@ def table_name(device: DeviceInfo) -> str:
         for first, last, name in _MICROARCHITECTURES.get(family, ())
         if first <= int(model) <= last
     )
-    vectors = (name for name in ("avx512", "avx2", "asimd") if name in device.isa)
-    parts = (next(found, _slug(device.name)), next(vectors, "scalar"))
+    widest = (name for name in ("amx", "avx512", "avx2", "asimd") if name in device.isa)
+    parts = (next(found, _slug(_TRADE.sub("", device.name))), next(widest, "scalar"))
     return "-".join((*parts, f"{device.cores}c", f"{device.threads}t"))
 
 

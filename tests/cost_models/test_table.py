@@ -158,6 +158,8 @@ def test_what_ships_is_named_after_its_device_and_can_be_fitted_again(name, fing
          "amd-zen4-avx512-2c-1t"),
         ({"kind": "cpu", "isa": "x86_64 25/33 avx2", "threads": 8, "cores": 8},
          "amd-zen3-avx2-8c-8t"),
+        ({"kind": "cpu", "isa": "x86_64 6/167 avx512f amx_int8 avx2", "threads": 1, "cores": 2,
+          "name": "Intel(R) Xeon(R) Processor"}, "intel-xeon-amx-2c-1t"),
         ({"kind": "cpu", "isa": "aarch64 asimd", "threads": 4, "cores": 4},
          "some-chip-9-asimd-4c-4t"),
         ({"kind": "cuda", "name": "NVIDIA H200", "isa": "sm_90"}, "h200"),
