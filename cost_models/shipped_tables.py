@@ -57,7 +57,7 @@ def shipped_for(device: DeviceInfo) -> str | None:
 
 
 def table_name(device: DeviceInfo) -> str:
-    """What a device's table is called: ``amd-zen4-avx512-2c-1t``, ``intel-xeon-amx-2c-1t``, ``h200``.
+    """What a device's table is called: ``amd-zen4-avx512-2c-1t``, ``h200``.
 
     A CPU goes by its microarchitecture, or its name where a virtual machine hides that, its widest
     vectors or tiles, cores and threads used; a GPU by its name.
