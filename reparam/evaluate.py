@@ -34,6 +34,7 @@ from torch import nn
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import predict_left_out
 from kernels.torch_ops import set_threads
+from profiler.clock import rate_of
 from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
 from profiler.samples import PRESETS, TimingSettings
@@ -162,11 +163,13 @@ def measure_rows(
 ) -> list[Measurement]:
     """Measures what the store in a folder does not hold yet; returns all of its rows."""
     store = create_store(folder / "measurements.sqlite")
+    of_sweep = [row for row in store.rows() if row.device.fingerprint == table.device.fingerprint]
+    full_rate = max((rate for row in of_sweep if (rate := rate_of([row]))), default=0.0)
     for name in names:
         original, deployed_at = prepared(name)
         for images in batches:
             case = Case(name, original, deployed_at(0.5), _example(original, images))
-            for row in measured_rows(case, table, settings, store.finished_keys()):
+            for row in measured_rows(case, table, settings, store.finished_keys(), full_rate):
                 store.put(row)
                 console.print(f"{row.subject}, {row.lowering}: {row.reason or _ms(row)}")
     rows = list(store.rows())

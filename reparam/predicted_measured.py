@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import Predicted, kernel_ms, mape
 from cost_models.work import Work
 from kernels import expert_ops
+from profiler.clock import CLOCK_RATE, FULL_CLOCK, clock_rate
 from profiler.device import DeviceInfo
 from profiler.samples import Timing, TimingSettings
 from profiler.store import Measurement, row_key, subject_key
@@ -57,7 +58,11 @@ class Case:
 
 
 def measured_rows(
-    case: Case, table: LatencyTable, settings: TimingSettings, known: set[str]
+    case: Case,
+    table: LatencyTable,
+    settings: TimingSettings,
+    known: set[str],
+    full_rate: float = 0.0,
 ) -> Iterator[Measurement]:
     """One row for each share of each size of MoE layer, and one for each whole model.
 
@@ -66,13 +71,16 @@ def measured_rows(
         table: For the sums over kernels that the rows carry.
         settings: How precisely.
         known: Keys of rows that need not be measured again.
+        full_rate: The clock that the table's rows were measured at (``profiler.clock``), below
+            which the core is not timed, if waiting helps; 0 where nobody knows.
     """
     device = table.device
+    timed = partial(_timed, settings=settings, threads=device.threads or 1, full_rate=full_rate)
     models = {"deployed": case.deployed, "torch": case.original}
     subject = f"{case.model}, batch {len(case.example)}"
     if not {_key("model", subject, name, device) for name in models} <= known:
         runs = models | {"deployed": planned(case.deployed, case.example)}
-        timings = _timed({name: partial(run, case.example) for name, run in runs.items()}, settings)
+        timings = timed({name: partial(run, case.example) for name, run in runs.items()})
         for name, model in models.items():
             work = work_of(model, case.example)
             details = case.about | work.details() | _kernels(work, name, table)
@@ -88,7 +96,7 @@ def measured_rows(
         launches = {
             str(share): launches_of(partial(one, **kwargs), *args) for share, one in made.items()
         }
-        timings = _timed(launches, settings)
+        timings = timed(launches)
         for share, one in made.items():
             work = work_of(one, *args, **kwargs)
             details = case.about | {"layer": fqn, "share": share} | work.details()
@@ -134,20 +142,39 @@ def _arguments(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def _timed(
-    launches: Mapping[str, Callable[[], Any]], settings: TimingSettings
+    launches: Mapping[str, Callable[[], Any]],
+    settings: TimingSettings,
+    threads: int,
+    full_rate: float,
 ) -> dict[str, Timing]:
-    """Those whose core another guest used are timed again, a few times."""
+    """Those whose core another guest used, or had a low clock, are timed again, a few times."""
     timings: dict[str, Timing] = {}
     with torch.no_grad():
         for _ in range(_TRIES):
             left = {
                 name: launch
                 for name, launch in launches.items()
-                if name not in timings or timings[name].on_shared_core
+                if name not in timings
+                or timings[name].on_shared_core
+                or _rate(timings[name]) < FULL_CLOCK * full_rate
             }
-            if left:
-                timings |= measure_interleaved(left, settings)
+            if not left:
+                break
+            before = clock_rate(threads)
+            found = measure_interleaved(left, settings)
+            rate = min(before, clock_rate(threads))
+            for name, timing in found.items():
+                marked = replace(timing, details={**timing.details, CLOCK_RATE: rate})
+                timings[name] = max(timings.get(name, marked), marked, key=_quality)
     return timings
+
+
+def _rate(timing: Timing) -> float:
+    return float(timing.details[CLOCK_RATE] or 0.0)
+
+
+def _quality(timing: Timing) -> tuple[bool, bool, float]:
+    return timing.latency_ms is not None, not timing.on_shared_core, _rate(timing)
 
 
 def _kernels(work: Work, lowering: str, table: LatencyTable) -> dict[str, Any]:

@@ -40,6 +40,7 @@ ALLOWED = {
         "kernels.expert_ops",
         "kernels.launches",
         "profiler.timing",
+        "profiler.clock",
         "profiler.samples",
         "profiler.energy",
         "profiler.device",
