@@ -15,6 +15,7 @@ from scipy.optimize import nnls
 
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.overheads import LayerOverhead, beside_ms
+from cost_models.training_rows import at_full_clock, full_clock
 from cost_models.work import COUNTS, Work, WorkError
 from profiler.store import Measurement
 
@@ -30,7 +31,7 @@ class Predicted:
     """A measured layer or model and what is predicted of it.
 
     Attributes:
-        row: What was measured.
+        row: What was measured, at the CPU's full clock.
         model: Its model.
         work: What it does.
         kernel_ms: Sum over its products, from the table.
@@ -77,8 +78,11 @@ def predict_left_out(
     """
     groups: dict[tuple[str, str], list[Predicted]] = {}
     skipped: dict[str, str] = {}
-    for row in measurements:
-        if row.kind == "primitive" or row.device.fingerprint != table.device.fingerprint:
+    own = [row for row in measurements if row.device.fingerprint == table.device.fingerprint]
+    full = full_clock(own)
+    for measured in own:
+        row = at_full_clock(measured, full)
+        if row.kind == "primitive":
             continue
         if row.lowering not in KERNEL_OF or row.latency_ms is None:
             continue

@@ -86,14 +86,15 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     units = parallel_units(device)
     last_level = device.last_level_cache_bytes or LAST_LEVEL_BYTES
     # A virtual machine shares the last level with others and sees but a part of it.
-    levels = (last_level, last_level // 4)
+    shares = {last_level, last_level // 4, min(last_level, LAST_LEVEL_BYTES)}
+    levels = tuple((l2, l3) for l3 in sorted(shares) for l2 in (L2_BYTES, 2 * L2_BYTES))
     if core == "panels":
         rows = panel_rows(device, facts)
-        return tuple(Machine(units, rows, _PANEL, l3_bytes=level) for level in levels)
+        return tuple(Machine(units, rows, _PANEL, *level) for level in levels)
     if core == "blocks":
-        return tuple(Machine(units, _AMX_TASK, _PANEL, l3_bytes=level) for level in levels)
+        return tuple(Machine(units, _AMX_TASK, _PANEL, *level) for level in levels)
     if core in ("groups", "chunks"):
-        return tuple(Machine(units, l3_bytes=level) for level in levels)
+        return tuple(Machine(units, 1, 1, *level) for level in levels)
     return tuple(
         Machine(shared, *tile, l3_bytes=last_level)
         for tile in _TILES
@@ -166,6 +167,7 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     terms |= {
         "tiles": cuts * panels * share,
         "row_panels": m * vectors * share,
+        "half_steps": m * steps * share * (n <= _LANES),
         "weights_l2": again * _beyond(reused, L1_BYTES),
         "weights_l3": (outer * blocks + (1 - outer)) * weights * _beyond(weights, machine.l2_bytes),
         "weights_memory": blocks * weights * _beyond(weights, machine.l3_bytes),
@@ -192,13 +194,15 @@ def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     prepared = m * k * facts.x_dtype_bytes
     held = (weights / panels) + _least(prepared, k * facts.x_dtype_bytes * _AMX_BLOCK)
     blocks = _ceil(m, _AMX_BLOCK) * panels * share
-    bytes_of_k = round(_AMX_BYTES / facts.x_dtype_bytes)
+    steps = _ceil(k, round(_AMX_BYTES / facts.x_dtype_bytes))
+    products = _ceil(m, _AMX_ROWS) * vectors * steps * share
     terms: Terms = {
         "launch": 1.0 + 0 * m,
-        "products": _ceil(m, _AMX_ROWS) * vectors * _ceil(k, bytes_of_k) * share,
+        "products": products,
         "blocks": blocks,
         "tasks": row_tasks * panels * share,
         "row_panels": m * vectors * share,
+        "half_products": products * (n <= _LANES),
         "blocks_l2": blocks * held * _beyond(held, L1_BYTES),
         "weights_l3": row_tasks * weights * share * _beyond(weights, machine.l2_bytes),
         "weights_memory": row_tasks * weights * _beyond(weights, machine.l3_bytes),
@@ -215,7 +219,11 @@ def _streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     b, m, k, n = sizes
     total = traffic_bytes(sizes, facts)
     x, out = b * m * k * facts.x_bytes, b * m * n * facts.out_bytes
+    # Rows that begin within a cache line: their vectors lie in two.
+    split = (n % _LANES != 0) * out
     return {
+        "split": split,
+        "split_l3": split * _beyond(total, machine.l2_bytes),
         "x_l3": x * _beyond(total, machine.l2_bytes),
         "x_memory": x * _beyond(total, machine.l3_bytes),
         "out_l3": out * _beyond(total, machine.l2_bytes),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kernels.workload import Workload
 from profiler.command_line import BadInput
 from profiler.device import DeviceInfo
@@ -13,7 +15,13 @@ from profiler.store import Measurement, open_store
 
 @dataclass(frozen=True)
 class Row:
-    """A hot measurement of one primitive, narrowed to what a model needs."""
+    """A hot measurement of one primitive, narrowed to what a model needs.
+
+    Attributes:
+        workload: What was measured.
+        latency_ms, low_ms, high_ms: At the CPU's full clock (``at_full_clock``).
+        measurement: As it was measured.
+    """
 
     workload: Workload
     latency_ms: float
@@ -26,6 +34,8 @@ Groups = dict[tuple[str, str], list[Row]]
 
 # With fewer of a whole core, a model learns from all.
 _ENOUGH_OWN = 6
+# Of the clocks that a device was seen at.
+_AT_BEST = 0.95
 
 
 def read_store(location: str) -> list[Measurement]:
@@ -44,6 +54,31 @@ def read_store(location: str) -> list[Measurement]:
 def store_name(location: str) -> str:
     """Name of a store for people: a URL may carry a password before its last slash or after a ?."""
     return location.rpartition("/")[2].partition("?")[0]
+
+
+def full_clock(rows: Iterable[Measurement]) -> float | None:
+    """The clock that a device mostly keeps, at its best; None where nobody looked."""
+    rates = [rate for row in rows if (rate := row.clock_rate) is not None]
+    return float(np.quantile(rates, _AT_BEST)) if rates else None
+
+
+def at_full_clock(row: Measurement, full: float | None) -> Measurement:
+    """A row as it would be had the clock not been low.
+
+    Neighbours of a virtual machine draw power, and the clock falls by a sixth for seconds or
+    minutes. What a core computes takes so much longer; memory does not, and is a little
+    overcorrected.
+
+    Args:
+        row: With a latency.
+        full: From ``full_clock``.
+    """
+    if full is None or row.clock_rate is None or row.clock_rate >= full:
+        return row
+    part = row.clock_rate / full
+    names = ("latency_ms", "latency_low_ms", "latency_high_ms")
+    found = {name: getattr(row, name) for name in names}
+    return row.model_copy(update={name: ms * part for name, ms in found.items() if ms is not None})
 
 
 def of_primitives(measurements: Iterable[Measurement]) -> list[Measurement]:
@@ -96,9 +131,10 @@ def group_rows(rows: Iterable[Measurement], device: DeviceInfo) -> Grouped:
     """A device's rows with a latency and its interval by form and lowering, and why not others."""
     groups: Groups = {}
     reasons: dict[tuple[str, str], str] = {}
-    for row in rows:
-        if row.device.fingerprint != device.fingerprint:
-            continue
+    of_device = [row for row in rows if row.device.fingerprint == device.fingerprint]
+    full = full_clock(of_device)
+    for measured in of_device:
+        row = at_full_clock(measured, full)
         assert row.workload is not None
         key = (row.workload.form, row.lowering)
         if row.latency_ms is None:
@@ -109,7 +145,7 @@ def group_rows(rows: Iterable[Measurement], device: DeviceInfo) -> Grouped:
             reasons[key] = "latency lies outside its confidence interval"
         else:
             groups.setdefault(key, []).append(
-                Row(row.workload, row.latency_ms, row.latency_low_ms, row.latency_high_ms, row)
+                Row(row.workload, row.latency_ms, row.latency_low_ms, row.latency_high_ms, measured)
             )
     skipped = {
         f"{form} {lowering}": f"no usable row; the last one: {reason}"

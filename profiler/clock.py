@@ -15,9 +15,6 @@ from profiler.measurement import Measurement
 
 # Part of the fastest clock of a sweep below which a figure is measured again.
 FULL_CLOCK = 0.95
-# Name in ``Measurement.details`` of the lower of the rates before and after the rounds of a row.
-CLOCK_RATE = "fma_gmacs_per_s"
-
 _LAUNCHES = 20
 
 
@@ -46,5 +43,5 @@ def clock_rate(threads: int, now: Callable[[], float] = time.perf_counter) -> fl
 
 def rate_of(rows: Sequence[Measurement]) -> float | None:
     """The lowest rate during which some rows were measured; None where it was not watched."""
-    rates = (row.details.get(CLOCK_RATE) for row in rows)
-    return min((float(rate) for rate in rates if rate is not None), default=None)
+    rates = (row.clock_rate for row in rows)
+    return min((rate for rate in rates if rate is not None), default=None)

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
 
+# Name in ``Measurement.details`` of the CPU's clock during a row; see ``profiler.clock``.
+CLOCK_RATE = "fma_gmacs_per_s"
+
 
 class Measurement(BaseModel):
     """One measured figure, or the reason why there is none.
@@ -98,6 +101,12 @@ class Measurement(BaseModel):
     def on_shared_core(self) -> bool:
         """False where nobody looked, or nothing was timed; see ``profiler.shared_core``."""
         return self.latency_ms is not None and self.details.get("own_core") is False
+
+    @property
+    def clock_rate(self) -> float | None:
+        """The CPU's clock as a loop of multiplications sees it; None where nobody looked."""
+        rate = self.details.get(CLOCK_RATE)
+        return None if rate is None else float(rate)
 
     @property
     def key(self) -> str:

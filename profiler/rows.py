@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from profiler.candidates import Candidate, bind_all
-from profiler.clock import CLOCK_RATE
 from profiler.energy import EnergyReading
-from profiler.measurement import Measurement
+from profiler.measurement import CLOCK_RATE, Measurement
 from profiler.roofline import roofline_share
 from profiler.samples import Timing, paired_ratio
 from profiler.settings import Setting

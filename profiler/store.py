@@ -15,9 +15,10 @@ import sqlalchemy as sa
 
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
-from profiler.measurement import Measurement, row_key, subject_key
+from profiler.measurement import CLOCK_RATE, Measurement, row_key, subject_key
 
 __all__ = [
+    "CLOCK_RATE",
     "SCHEMA_VERSION",
     "Measurement",
     "Store",

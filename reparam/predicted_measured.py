@@ -16,10 +16,10 @@ from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import Predicted, kernel_ms, mape
 from cost_models.work import Work
 from kernels import expert_ops
-from profiler.clock import CLOCK_RATE, FULL_CLOCK, clock_rate
+from profiler.clock import FULL_CLOCK, clock_rate
 from profiler.device import DeviceInfo
 from profiler.samples import Timing, TimingSettings
-from profiler.store import Measurement, row_key, subject_key
+from profiler.store import CLOCK_RATE, Measurement, row_key, subject_key
 from profiler.timing import measure_interleaved
 from reparam.deploy import stored_bytes
 from reparam.deployed_mlps import DeployedMoE

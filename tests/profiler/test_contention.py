@@ -10,8 +10,8 @@ from contextlib import closing, contextmanager
 import numpy as np
 import pytest
 
-from profiler.clock import CLOCK_RATE
 from profiler.contamination import RunQueueDelay, host_contamination
+from profiler.measurement import CLOCK_RATE
 from profiler.samples import PRESETS, TimingSettings
 from profiler.store import open_store
 from profiler.timing import cache_flush, measure_interleaved

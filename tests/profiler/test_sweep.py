@@ -9,11 +9,12 @@ import pytest
 from kernels.reference import random_operands
 from kernels.workload import linear
 from profiler import candidates, sites, sweep
-from profiler.clock import CLOCK_RATE, clock_rate
+from profiler.clock import clock_rate
 from profiler.command_line import run
 from profiler.contamination import NO_CONTAMINATION
 from profiler.device import DeviceInfo
 from profiler.energy import EnergyReading
+from profiler.measurement import CLOCK_RATE
 from profiler.model_workloads import ModelError
 from profiler.samples import PRESETS, Timing, TimingSettings
 from profiler.settings import settings_for

@@ -19,9 +19,8 @@ from typing import Annotated
 
 import typer
 
-from profiler.clock import CLOCK_RATE
 from profiler.command_line import EXIT_VERDICT_AGAINST, BadInput, output_folder, run
-from profiler.measurement import Measurement
+from profiler.measurement import CLOCK_RATE, Measurement
 from profiler.store import open_store
 
 WITHIN = 0.05

@@ -2,9 +2,9 @@ import pytest
 from repeatability import app, at_equal_clock, disagreements
 
 from kernels.workload import linear
-from profiler.clock import CLOCK_RATE
 from profiler.command_line import run
 from profiler.device import DeviceInfo
+from profiler.measurement import CLOCK_RATE
 from profiler.store import Measurement, create_store
 
 DEVICE = DeviceInfo(kind="cpu", name="Synthetic CPU", threads=1)
