@@ -10,7 +10,7 @@ from cost_models.latency_table import LatencyTable
 from cost_models.work import Work
 from kernels.workload import Workload, linear
 from profiler.command_line import BadInput, run
-from profiler.store import create_store
+from profiler.store import CLOCK_RATE, create_store
 
 
 def command(monkeypatch, *arguments):
@@ -219,3 +219,25 @@ def test_rows_of_a_shared_core_teach_nothing_where_others_are_enough(measure):
     few += [row for row in rows if not row.on_shared_core][:5]
     _, result = fit(few, "x")
     assert result.fits[0].rows_shared == 0
+
+
+def test_what_was_measured_at_a_low_clock_is_learned_at_the_full_one(measure):
+    """The clock falls for two of three figures; what the table measured stays as it was."""
+    rows, i = [], 0
+    for k in (32, 64, 96, 128):
+        for n in (32, 64, 96, 128):
+            for m in (16, 64, 256):
+                part = (1.0, 0.9, 0.8)[i % 3]
+                ms = 1e-6 * m * k * n / part
+                details = {CLOCK_RATE: 120.0 * part}
+                rows.append(measure(linear("shift_int8", m, k, n), ms, details=details))
+                i += 1
+    table, result = fit(rows, "x")
+    assert result.fits[0].mape < 2
+    (model,) = table.models
+    exact = [1e-6 * row.workload.macs for row in rows]
+    assert model.predict_many([row.workload for row in rows]).latency_ms == pytest.approx(
+        exact, rel=0.03
+    )
+    measured = {row.workload: row.latency_ms for row in rows}
+    assert all(measured[entry.workload] == entry.latency_ms for entry in table.entries)

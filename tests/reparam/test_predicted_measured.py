@@ -8,10 +8,19 @@ from brief_timing import BRIEF
 from cost_models.latency_table import LatencyTable
 from cost_models.layer_models import predict_left_out
 from cost_models.work import Work
+from profiler.store import CLOCK_RATE
+from reparam import predicted_measured
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.dispatch_cost import _experts_alone, dispatch_costs, dispatch_table
-from reparam.predicted_measured import SHARES, Case, measured_rows, moe_sizes, table_of
+from reparam.predicted_measured import (
+    SHARES,
+    Case,
+    _timed,
+    measured_rows,
+    moe_sizes,
+    table_of,
+)
 
 pytestmark = pytest.mark.alone
 
@@ -63,6 +72,14 @@ def test_each_model_is_predicted_from_the_other_and_printed(rows, table):
     whole = [row if row.latency_ms else row.model_copy(update=figure) for row in rows]
     models, layers = table_of(*predict_left_out(whole, table))
     assert models.row_count == 2 * 2 and layers.row_count == 2
+
+
+def test_what_was_timed_at_a_low_clock_is_timed_again(monkeypatch):
+    rates = iter([100.0, 90.0, 90.0, 90.0])
+    monkeypatch.setattr(predicted_measured, "clock_rate", lambda threads: next(rates, 100.0))
+    work = torch.randn(64, 64)
+    found = _timed({"product": lambda: work @ work}, BRIEF, threads=1, full_rate=100.0)
+    assert found["product"].latency_ms > 0 and found["product"].details[CLOCK_RATE] == 100.0
 
 
 def test_experts_alone_compute_what_they_are():
