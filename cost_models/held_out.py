@@ -157,28 +157,27 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
     """The held-out errors for people, one line a form and lowering."""
     table = Table(
         title=f"Held-out errors of the latency models, {escape(device.label)}",
-        caption="within: ±10 %; covered: inside their 90 % interval; of noise: MAPE "
+        caption="within: ±10 %; covered: inside their 90 % interval; noise: MAPE "
         "in noise floors of the sweep; then the MAPE of latency in proportion to the work, of a "
         "fitted roofline and of the nearest measured shape; * baseline" + _shared(fits),
         box=SIMPLE,
         padding=0,
     )
-    table.add_column("form", no_wrap=True)
-    table.add_column("lowering", no_wrap=True)
-    for heading in ("train", "test", "MAPE", "within", "covered", "of noise", *RIVALS):
+    # Where a terminal is narrow the name takes two lines; a figure that is cut says nothing.
+    table.add_column("form, lowering", overflow="fold")
+    for heading in ("train", "test", "MAPE", "within", "covered", "noise", *RIVALS):
         table.add_column(heading, justify="right", no_wrap=True)
     for fit in fits:
-        main = (fit.mape, fit.within_10_percent, fit.interval_coverage)
         rivals = (fit.mape_flops, fit.mape_roofline, fit.mape_nearest)
         of_noise = "-"
         if fit.mape is not None and fit.noise_floor:
             of_noise = f"{fit.mape / fit.noise_floor:.1f}×"
         table.add_row(
-            escape(fit.form),
-            escape(fit.lowering) + ("*" if fit.is_baseline else ""),
+            escape(f"{fit.form} {fit.lowering}") + "*" * fit.is_baseline,
             str(fit.rows_train),
             str(fit.rows_test),
-            *map(_percent, main),
+            _percent(fit.mape, 1),
+            *map(_percent, (fit.within_10_percent, fit.interval_coverage)),
             of_noise,
             *map(_percent, rivals),
         )
@@ -190,5 +189,5 @@ def _shared(fits: Sequence[LoweringFit]) -> str:
     return f"; {left_out} rows of a core shared with another guest are left out" * bool(left_out)
 
 
-def _percent(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.1f}%"
+def _percent(figure: float | None, decimals: int = 0) -> str:
+    return "-" if figure is None else f"{figure:.{decimals}f}%"
