@@ -160,8 +160,7 @@ def mape(predicted: Sequence[Predicted]) -> float | None:
 def _costs(rows: Sequence[Predicted]) -> dict[str, float]:
     """Non-negative least squares on the relative error of the latency."""
     measured = np.array([row.row.latency_ms for row in rows], dtype=float)
-    # A layer that is launched over and over has its weights in a cache.
-    names = [name for name in COUNTS if rows[0].row.kind == "model" or name != "weight_bytes"]
+    names = list(COUNTS)
     counts = np.array([[row.work.counts.get(name, 0.0) for name in names] for row in rows])
     left = 1 - np.array([row.kernel_ms for row in rows]) / measured
     relative = counts / measured[:, None]

@@ -23,7 +23,7 @@ COUNTS: dict[str, str] = {
     "depthwise_macs": "of depthwise convolutions",
     "conv_macs": "of other convolutions",
     "attention_macs": "of softmax attentions",
-    "weight_bytes": "of all weights: a whole model brings them from memory in each pass",
+    "weight_bytes": "of the weights in use: no cache near a core holds all of a layer's or model's",
 }
 
 _PRODUCTS, _COUNT = "products", "count."

@@ -107,31 +107,35 @@ class _Watch(TorchDispatchMode):
         self.counts["elements"] += result.numel()
 
     def _moe(self, args: Any, result: Tensor) -> None:
-        x, norm, gate, gate_bias, packed, forms, sizes, gelu, _ = args
+        x, norm, gate, gate_bias, _, forms, sizes, gelu, _ = args
         tokens = x.reshape(-1, x.shape[-1])
-        self._weights(packed)
         self._normalised(tokens, norm)
         self.counts["activated"] += gelu * tokens.shape[0] * sizes[1]
         counts, depth = self._dispatched(tokens, norm, gate, gate_bias), len(sizes) - 1
         for expert, m in enumerate(counts):
-            for step in range(depth) if m else ():
+            for step in range(depth):
                 form = forms[expert * depth + step]
-                self._product(linear(form, m, sizes[step], sizes[step + 1]))
+                self._expert(form, m, sizes[step], sizes[step + 1])
+
+    def _expert(self, form: str, m: int, k: int, n: int) -> None:
+        """Its product and weights; those of an expert without tokens stay where they are."""
+        if m:
+            self._product(linear(form, m, k, n))
+        if m or not self._experts:
+            self.counts["weight_bytes"] += linear(form, 1, k, n).weight_bytes
 
     def _depthwise(self, args: Any, result: Tensor) -> None:
         self.counts["depthwise_macs"] += args[1].shape[0] * result.numel()
 
     def _depthwise_moe(self, args: Any, result: Tensor) -> None:
-        x, weight, bias, height, gate, gate_bias, packed, forms, n, _ = args
-        self._weights(packed)
+        x, weight, bias, height, gate, gate_bias, _, forms, n, _ = args
         self.counts["depthwise_macs"] += weight.shape[0] * x.numel()
         hidden = x
         if gate is not None and self._experts:
             hidden = layer_ops.depthwise_gelu(x, weight, bias, height, True)
         counts = self._dispatched(hidden.flatten(0, 1), None, gate, gate_bias)
         for form, m in zip(forms, counts):
-            if m:
-                self._product(linear(form, m, x.shape[-1], n))
+            self._expert(form, m, x.shape[-1], n)
 
     def _patches(self, args: Any, result: Tensor) -> None:
         self.counts["patch_elements"] += result.numel()

@@ -61,8 +61,9 @@ def test_a_deployed_model_has_the_products_of_its_kernels():
     assert work.counts["routed"] == 2 * 17 * 192
     assert work.counts["patch_elements"] == 16 * 3 * 16 * 16
     assert work.counts["activated"] == 2 * 17 * 768
-    # The head is torch's, and without its bias.
-    assert work.counts["weight_bytes"] == packed_bytes(model) + 7 * 192 * 4
+    # The head is torch's, and without its bias; so are the experts.
+    biases = 2 * 2 * (768 + 192) * 4
+    assert work.counts["weight_bytes"] == packed_bytes(model) + 7 * 192 * 4 - biases
     beside = work_beside_experts(model, x)
     assert beside.counts == work.counts
     assert set(work.products) - set(beside.products) == {
@@ -74,8 +75,14 @@ def test_a_deployed_model_has_the_products_of_its_kernels():
 def test_an_expert_without_tokens_has_no_product():
     model, x = converted(), torch.randn(1, 3, 64, 64)
     force_share_(model, 1.0, x)
-    forms = {w.form for w in work_of(model, x).products}
+    work = work_of(model, x)
+    forms = {w.form for w in work.products}
     assert "mult_int8" not in forms and "shift_int8" in forms
+    unused = 2 * sum(
+        linear("mult_int8", 1, *size).weight_bytes for size in ((192, 768), (768, 192))
+    )
+    beside = work_beside_experts(model, x)
+    assert work.counts["weight_bytes"] == beside.counts["weight_bytes"] - unused
 
 
 def test_a_depthwise_convolution_is_no_product():
