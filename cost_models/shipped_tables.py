@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent / "shipped"
 # Name of a table -> fingerprint of the device that it was measured on.
 SHIPPED: dict[str, str] = {
     "amd-zen4-avx512-2c-1t": "87923691d0273616",
+    "intel-xeon-amx-2c-1t": "1e467a9986197d6d",
 }
 
 # Family and model of x86 processors -> vendor and microarchitecture, first and last model.
