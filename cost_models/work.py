@@ -23,10 +23,23 @@ COUNTS: dict[str, str] = {
     "depthwise_macs": "of depthwise convolutions",
     "conv_macs": "of other convolutions",
     "attention_macs": "of softmax attentions",
-    "weight_bytes": "of the weights in use: no cache near a core holds all of a layer's or model's",
+    "weight_bytes": "of the weights in use: a whole model brings them from afar in each pass",
+    "far_weight_bytes": "of those of a layer, what a core's own cache does not keep between passes",
 }
 
 _PRODUCTS, _COUNT = "products", "count."
+
+_OF_PYTHON = {"calls", "operators"}
+# Of x86 server cores of today, second level.
+_PRIVATE_CACHE_BYTES = 2**21
+
+
+def far_bytes(held: float) -> float:
+    """What a core's own cache misses of bytes that are read over and over.
+
+    Nothing up to half of the cache, all from twice of it on.
+    """
+    return held * min(max(held / _PRIVATE_CACHE_BYTES - 0.5, 0.0) / 1.5, 1.0)
 
 
 class WorkError(ValueError):
@@ -51,6 +64,15 @@ class Work:
             f"{number}*{w.form}:{w.b}x{w.m}x{w.k}x{w.n}" for w, number in self.products.items()
         )
         return {_PRODUCTS: products} | {_COUNT + name: n for name, n in self.counts.items()}
+
+    @property
+    def planned(self) -> Work:
+        """The same launched by a plan: no operator through Python.
+
+        What is left of a launch is part of each kernel's own latency.
+        """
+        beside = {n: count for n, count in self.counts.items() if n not in _OF_PYTHON}
+        return Work(self.products, beside)
 
     @classmethod
     def of_details(cls, details: Mapping[str, Any]) -> Work:

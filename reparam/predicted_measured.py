@@ -83,6 +83,7 @@ def measured_rows(
         timings = timed({name: partial(run, case.example) for name, run in runs.items()})
         for name, model in models.items():
             work = work_of(model, case.example)
+            work = work.planned if name == "deployed" else work
             details = case.about | work.details() | _kernels(work, name, table)
             yield _row("model", subject, name, device, timings[name], model, details)
     for fqn, layer, args, kwargs in moe_sizes(case):
@@ -98,7 +99,7 @@ def measured_rows(
         }
         timings = timed(launches)
         for share, one in made.items():
-            work = work_of(one, *args, **kwargs)
+            work = work_of(one, *args, **kwargs).planned
             details = case.about | {"layer": fqn, "share": share} | work.details()
             details |= _kernels(work, "deployed", table) | _tokens(one, args[0])
             timing = timings[str(share)]

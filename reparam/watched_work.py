@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cost_models.work import Work
+from cost_models.work import Work, far_bytes
 from kernels import expert_ops, layer_ops
 from kernels.workload import Workload, attention, linear
 from reparam.one_pass import evaluating
@@ -37,7 +37,8 @@ def work_beside_experts(model: nn.Module, *inputs: Any, **named: Any) -> Work:
 def _watched(watch: _Watch, model: nn.Module, inputs: Any, named: Any) -> Work:
     with evaluating(model), watch:
         model(*inputs, **named)
-    return Work(dict(watch.products), {"calls": 1.0} | dict(watch.counts))
+    far = {"far_weight_bytes": found} if (found := far_bytes(watch.counts["weight_bytes"])) else {}
+    return Work(dict(watch.products), {"calls": 1.0} | dict(watch.counts) | far)
 
 
 class _Watch(TorchDispatchMode):
