@@ -29,8 +29,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not alone' --numprocesses logical --dist loadfile
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest
 
 bench: install
 	$(BIN)/python tests/bench/gate.py --base $(BASE) --restarts $(RESTARTS)

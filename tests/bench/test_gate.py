@@ -13,8 +13,6 @@ from gate import GateError, Run, Tree, compare_runs, measure_in_turns, parse_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.alone
-
 
 def runs(bursts_ms, case="mult", device="d1"):
     return [Run(device, "/src", {case: tuple(bursts_ms)})]

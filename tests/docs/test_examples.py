@@ -13,8 +13,6 @@ from examples import blocks
 
 from profiler.console import COMMANDS, available, main
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Tested beside the table that it describes.

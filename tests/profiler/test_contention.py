@@ -16,8 +16,6 @@ from profiler.samples import PRESETS, TimingSettings
 from profiler.store import open_store
 from profiler.timing import cache_flush, measure_interleaved
 
-pytestmark = pytest.mark.alone
-
 # Of the figures without a hog, at the clock that each sweep saw.
 TOLERANCE = 0.15
 

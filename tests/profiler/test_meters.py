@@ -20,8 +20,6 @@ from profiler.energy import (
 from profiler.nvml import Power, Unavailable
 from profiler.timing import NO_CONTAMINATION, Contamination
 
-pytestmark = pytest.mark.alone
-
 CUDA = DeviceInfo(kind="cuda", name="simulated", uuid="GPU-0")
 CPU = DeviceInfo(kind="cpu", name="simulated", threads=1)
 H100_INFO = DeviceInfo(kind="cuda", name="fake", uuid=H100["nvmlDeviceGetUUID"])

@@ -10,8 +10,6 @@ from profiler.roofline import measure_launch_overheads, measure_roofs, roofline_
 from profiler.samples import PRESETS
 from profiler.timing import measure_interleaved
 
-pytestmark = pytest.mark.alone
-
 QUICK = PRESETS["quick"]
 BUSY = "this machine is busy"
 

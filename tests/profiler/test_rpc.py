@@ -23,8 +23,6 @@ from profiler.rpc import measure_remote, remote_site
 from profiler.samples import PRESETS, TimingSettings
 from profiler.store import open_store
 
-pytestmark = pytest.mark.alone
-
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado: pip install -e '.[rpc]'")
 
 KEY = "loopback"

@@ -21,8 +21,6 @@ from profiler.settings import settings_for
 from profiler.store import create_store, open_store
 from profiler.sweep_config import SweepConfig
 
-pytestmark = pytest.mark.alone
-
 SHORT = TimingSettings(
     sample_ms=0.05,
     rest_ms=0,

@@ -16,8 +16,6 @@ from profiler.contamination import NO_CONTAMINATION
 from profiler.model_workloads import ModelError
 from profiler.samples import Timing, TimingSettings
 
-pytestmark = pytest.mark.alone
-
 SHORT = TimingSettings(
     sample_ms=0.05, rest_ms=0, warmup_ms=0, burst_ms=0.1, rounds_min=6, precision=1, max_time_s=0.1
 )

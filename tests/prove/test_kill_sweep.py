@@ -5,8 +5,6 @@ from kill_sweep import Tally, keys_of, kill_once, prove, victims
 
 from profiler.store import open_store
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def proven(tmp_path_factory):

@@ -24,8 +24,6 @@ from reparam.linear_attention import LinearProducts, linear_workloads, linearise
 from reparam.recipe import create_model, load_recipe
 from reparam.results import Interval
 
-pytestmark = pytest.mark.alone
-
 TOKENS = 4 * 16
 
 

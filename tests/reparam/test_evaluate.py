@@ -15,8 +15,6 @@ from reparam.moe import moe_layers
 from reparam.scaling import attention_sizes, measure_scaling
 from reparam.versus_torch import compare
 
-pytestmark = pytest.mark.alone
-
 
 def refused(folder, *arguments):
     command = [sys.executable, "-m", "reparam.evaluate", *map(str, arguments), "--out", folder]

@@ -33,8 +33,6 @@ from reparam.results import FinetuneResults
 from reparam.stages import open_task
 from reparam.training import seed_everything
 
-pytestmark = pytest.mark.alone
-
 TINY = """
 data = "digits"
 deploy_batch = 4

@@ -22,8 +22,6 @@ from reparam.predicted_measured import (
     table_of,
 )
 
-pytestmark = pytest.mark.alone
-
 
 def case(name, depth):
     torch.manual_seed(0)
