@@ -15,9 +15,9 @@ from scipy.optimize import nnls
 
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.overheads import LayerOverhead, beside_ms
-from cost_models.training_rows import at_full_clock, full_clock
+from cost_models.training_rows import at_full_clock
 from cost_models.work import COUNTS, Work, WorkError
-from profiler.store import Measurement
+from profiler.store import Measurement, full_clock
 
 # An overhead is fitted on all models but one.
 _ENOUGH_MODELS = 3

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kernels.workload import Workload
 from profiler.command_line import BadInput
 from profiler.device import DeviceInfo
-from profiler.store import Measurement, open_store
+from profiler.store import Measurement, full_clock, open_store
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,6 @@ Groups = dict[tuple[str, str], list[Row]]
 
 # With fewer of a whole core, a model learns from all.
 _ENOUGH_OWN = 6
-# Of the clocks that a device was seen at.
-_AT_BEST = 0.95
 
 
 def read_store(location: str) -> list[Measurement]:
@@ -56,12 +52,6 @@ def store_name(location: str) -> str:
     return location.rpartition("/")[2].partition("?")[0]
 
 
-def full_clock(rows: Iterable[Measurement]) -> float | None:
-    """The clock that a device mostly keeps, at its best; None where nobody looked."""
-    rates = [rate for row in rows if (rate := row.clock_rate) is not None]
-    return float(np.quantile(rates, _AT_BEST)) if rates else None
-
-
 def at_full_clock(row: Measurement, full: float | None) -> Measurement:
     """A row as it would be had the clock not been low.
 
@@ -71,7 +61,7 @@ def at_full_clock(row: Measurement, full: float | None) -> Measurement:
 
     Args:
         row: With a latency.
-        full: From ``full_clock``.
+        full: The device's, from ``profiler.measurement.full_clock``.
     """
     if full is None or row.clock_rate is None or row.clock_rate >= full:
         return row

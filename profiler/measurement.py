@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kernels.workload import Workload
@@ -13,6 +15,8 @@ from profiler.device import DeviceInfo
 
 # Name in ``Measurement.details`` of the CPU's clock during a row; see ``profiler.clock``.
 CLOCK_RATE = "fma_gmacs_per_s"
+# Of the clocks that a device was seen at, which part is below its full one.
+_AT_BEST = 0.95
 
 
 class Measurement(BaseModel):
@@ -129,3 +133,9 @@ def row_key(subject_key: str, lowering: str, cache: str, fingerprint: str) -> st
     return hashlib.sha256(
         "|".join((subject_key, lowering, cache, fingerprint)).encode()
     ).hexdigest()[:24]
+
+
+def full_clock(rows: Iterable[Measurement]) -> float | None:
+    """The clock that a device mostly keeps at its best, of its rows; None where nobody looked."""
+    rates = [rate for row in rows if (rate := row.clock_rate) is not None]
+    return float(np.quantile(rates, _AT_BEST)) if rates else None

@@ -5,7 +5,6 @@ not told when the other thread is a stranger's: no counter moves, the clock stay
 take 1.4 to 2 times as long for milliseconds or seconds. Short pieces of work that need all of a
 core show it: one of an interpreter, many instructions at a time, and one of arithmetic on vectors.
 
-
 What all of a core is has to be seen as well: not in the fastest look of all, which is of a moment
 when the clock was high and gets faster the longer one looks, but in one that a few are faster than.
 """

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
-from profiler.measurement import CLOCK_RATE, Measurement, row_key, subject_key
+from profiler.measurement import CLOCK_RATE, Measurement, full_clock, row_key, subject_key
 
 __all__ = [
     "CLOCK_RATE",
@@ -24,6 +24,7 @@ __all__ = [
     "Store",
     "StoreError",
     "create_store",
+    "full_clock",
     "open_store",
     "row_key",
     "subject_key",

@@ -34,11 +34,10 @@ from torch import nn
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import predict_left_out
 from kernels.torch_ops import set_threads
-from profiler.clock import rate_of
 from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
 from profiler.samples import PRESETS, TimingSettings
-from profiler.store import Measurement, create_store
+from profiler.store import Measurement, create_store, full_clock
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
@@ -163,8 +162,8 @@ def measure_rows(
 ) -> list[Measurement]:
     """Measures what the store in a folder does not hold yet; returns all of its rows."""
     store = create_store(folder / "measurements.sqlite")
-    of_sweep = [row for row in store.rows() if row.device.fingerprint == table.device.fingerprint]
-    full_rate = max((rate for row in of_sweep if (rate := rate_of([row]))), default=0.0)
+    known = [row for row in store.rows() if row.device.fingerprint == table.device.fingerprint]
+    full_rate = full_clock(known) or 0.0
     for name in names:
         original, deployed_at = prepared(name)
         for images in batches:

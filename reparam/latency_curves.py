@@ -20,6 +20,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
 from cost_models.overheads import LayerOverhead
+from cost_models.work import far_bytes
 from kernels.workload import Workload
 from reparam.deploy import deploy
 from reparam.expert_latency import Estimate, layer_workloads, undecided
@@ -218,7 +219,10 @@ def latency_curves(
         # Routing as it is deployed, in place of the product that it was looked up as. Which expert
         # gets a token does not matter here.
         for fqn, layer in moe_layers(model):
-            fixed_ms[fqn] = overhead.latency_ms(0.0, _counts(fqn, layer, all_tokens[fqn]))
+            routers, found = len(fixed[fqn]), by_expert[: len(experts[fqn])]
+            held = sum(w.weight_bytes for each in found for w in each[fqn][routers:])
+            counts = _counts(fqn, layer, all_tokens[fqn]) | {"far_weight_bytes": far_bytes(held)}
+            fixed_ms[fqn] = overhead.latency_ms(0.0, counts)
     return ModelCurves(layers, sum(fixed_ms.values()))
 
 

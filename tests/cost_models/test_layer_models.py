@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cost_models.fit import fit
 from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.overheads import LayerOverhead
-from cost_models.work import COUNTS, Work, WorkError
+from cost_models.work import COUNTS, Work, WorkError, far_bytes
 from kernels.forms import FORMS
 from kernels.workload import Workload, attention, linear
 
@@ -147,3 +147,32 @@ def test_details_that_describe_no_work_are_refused(details, named):
 def test_products_are_written_for_people_too():
     text = Work({Workload(m=5, k=7, n=9, **FORMS["mult_fp32"]): 2}, {}).details()["products"]
     assert text == "2*mult_fp32:1x5x7x9"
+
+
+@given(st.floats(0, 1e9))
+def test_weights_are_far_as_they_outgrow_a_cache(held):
+    assert 0 <= far_bytes(held) <= held
+    assert far_bytes(held) <= far_bytes(2 * held)
+    assert far_bytes(2**20) == 0 and far_bytes(2**22) == 2**22
+
+
+def test_layers_are_charged_far_weights_and_models_all(measure, table):
+    """Layers that differ in nothing else teach what a far byte costs."""
+    rows = []
+    for kind, name in (("layer", "far_weight_bytes"), ("model", "weight_bytes")):
+        for times in (1, 2, 3, 4):
+            held = 1e6 * times
+            work = Work(PRODUCTS, {"weight_bytes": held, "far_weight_bytes": far_bytes(held)})
+            ms = kernels_ms(table, 1) + 1e-7 * work.counts[name]
+            details = {"model": f"m{times}", **work.details()}
+            fields = {"kind": kind, "subject": f"{kind} {times}", "lowering": "deployed"}
+            rows.append(measure(None, ms, device=table.device, details=details, **fields))
+    for found in fit_overheads(predict_left_out(rows, table)[0]):
+        (cost,) = found.costs_ms.items()
+        name = "far_weight_bytes" if found.kind == "layer" else "weight_bytes"
+        assert cost == (name, pytest.approx(1e-7, rel=1e-3))
+
+
+def test_a_plan_launches_no_operators():
+    work = Work(PRODUCTS, {"calls": 1.0, "operators": 7.0, "routed": 3.0})
+    assert work.planned == Work(PRODUCTS, {"routed": 3.0})

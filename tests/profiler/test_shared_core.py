@@ -37,6 +37,19 @@ def test_the_unit_that_is_shared_most_counts():
     assert look() == pytest.approx(1.0, abs=0.01)
 
 
+def test_what_amx_leaves_behind_is_waited_for_and_a_neighbour_is_not():
+    machine, over_s = Machine(), 0.0
+
+    def work():
+        machine.now_s += 2e-6 * (1.5 if machine.now_s < over_s else 1.0)
+
+    look = CoreShare([work], lambda: machine.now_s, machine.pause)
+    over_s = machine.now_s + 1e-4
+    assert look() == pytest.approx(1.0, abs=0.01)
+    over_s = machine.now_s + 1.0
+    assert look() == pytest.approx(1 / 1.5, rel=0.01)
+
+
 def test_one_interrupt_is_no_neighbour():
     machine = Machine()
     lengths = iter([0.0] * 3 * 100 + [5e-5, 0.0, 0.0])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cost_models.overheads import LayerOverhead
+from cost_models.work import far_bytes
 from kernels.workload import linear
 from reparam.accuracy import dispatch_shares
 from reparam.convert import ReparamConfig, reparameterize_
@@ -139,3 +140,23 @@ def test_with_measured_models_the_latency_is_that_of_the_whole_deployed_model():
     expected = whole.latency_ms(kernels_ms, work.counts)
     assert curves.model_latency_ms(found).item() == pytest.approx(expected, rel=1e-4)
     assert curves.rest_ms < expected
+
+
+def test_weights_that_outgrow_a_cache_cost_a_layer_time():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=384, num_heads=6, depth=1
+    )
+    reparameterize_(model, ReparamConfig(mlp="moe"))
+    example, cost = torch.randn(1, 3, 32, 32), 1e-6
+    fields = {"kind": "layer", "lowering": "deployed", "rows": 1, "models": 1, "mape": None}
+    near, far = (
+        latency_curves(model, lookup, example, overhead=LayerOverhead(costs_ms=costs, **fields))
+        for costs in ({}, {"far_weight_bytes": cost})
+    )
+    forms = [f"{name}_int8" for name in ("mult", "shift")]
+    held = sum(
+        linear(form, 1, k, n).weight_bytes for form in forms for k, n in ((384, 1536), (1536, 384))
+    )
+    assert far_bytes(held) > 0
+    assert far.rest_ms - near.rest_ms == pytest.approx(cost * far_bytes(held), rel=0.02)
