@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from kernels.peaks import Peak, peaks
 from profiler.measurement import Measurement
 
-# Part of the fastest clock of a sweep below which a figure is measured again.
+# Part of the clock to be had below which a figure is measured again.
 FULL_CLOCK = 0.95
 _LAUNCHES = 20
 

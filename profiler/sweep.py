@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -105,11 +106,12 @@ def calibrated(setting: Setting, checked: Sequence[Candidate]) -> Setting:
 def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -> None:
     """Measures every product, and again those during which the clock was low or the core shared.
 
-    What a slow phase left behind is measured after it; a clock that stays low is the fastest there
-    is, and a core that most products have to share is all there is. What is measured again takes
-    the place of what was there, if it has a figure, of a core of its own where there are such.
+    What a slow phase left behind is measured after it; the clock that half of the products reached
+    and a core that most have to share are all there is: a faster moment may not come again. What is
+    measured again takes the place of what was there, if it has a figure, of a core of its own where
+    there are such.
     """
-    fastest, waits = 0.0, False
+    usual, waits = 0.0, False
     for label in ("measure", *["again"] * _TIMES_AGAIN):
         rates: list[float | None] = []
         alone: list[bool] = []
@@ -118,12 +120,13 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
             store.put(*(row for row in measured if label == "measure" or _is_better(row, waits)))
             rates.append(rate_of(measured))
             alone.append(not any(row.on_shared_core for row in measured))
-        fastest = max([fastest, *(rate for rate in rates if rate is not None)])
-        waits = waits or (label == "measure" and sum(alone) >= len(alone) / 2)
+        if label == "measure":
+            usual = median([rate for rate in rates if rate is not None] or [0.0])
+            waits = sum(alone) >= len(alone) / 2
         groups = [
             group
             for group, rate, own in zip(groups, rates, alone)
-            if ((rate is not None and rate < FULL_CLOCK * fastest) or (waits and not own))
+            if ((rate is not None and rate < FULL_CLOCK * usual) or (waits and not own))
             and not _asks_energy(group, setting)
         ]
 

@@ -294,6 +294,12 @@ def test_what_was_measured_at_a_low_clock_is_measured_again(three_products):
     assert found == {10: 10.0, 20: 9.6, 30: 9.9}
 
 
+def test_a_fast_moment_does_not_make_the_usual_clock_low(three_products):
+    rates = (12.0, 12.0, 10.0, 10.0, 9.9, 10.0)
+    _, times = three_products(rates=rates)
+    assert times == 3
+
+
 @pytest.mark.parametrize("shared, again", [({1}, 1), ({1, 3}, 2), ({0, 1}, 0)])
 def test_what_was_measured_on_a_shared_core_is_measured_again(shared, again, three_products):
     """A core that most products share is all that there is."""
