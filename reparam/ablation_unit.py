@@ -37,7 +37,7 @@ from reparam.recipe import Recipe
 from reparam.results import Interval
 from reparam.stages import (
     Run,
-    latency_objective,
+    check_budget,
     open_task,
     train_attention,
     train_original,
@@ -86,18 +86,19 @@ class Unit:
 def check_units(study: Study, units: list[Unit]) -> None:
     """Converts for each variant and asks the table for its experts, before time goes into training.
 
+    Variants with a budget are timed as well: nothing else runs yet.
+
     Raises:
         ConversionError: If a variant cannot be made of the model.
         TableError: If the table cannot answer for an expert.
         BadInput: If a budget cannot be met, or a finished unit is of another run.
     """
-    for name in dict.fromkeys(unit.variant for unit in units):
+    open_units = [unit for unit in units if finished(study, unit) is None]
+    for name in dict.fromkeys(unit.variant for unit in open_units):
         run, model = _open(study, Unit(name, 0))
         converted = _untrained(run, name, model)
         if name in VARIANTS:
-            latency_objective(VARIANTS[name], converted, study.table, run.example)
-    for unit in units:
-        finished(study, unit)
+            check_budget(run, VARIANTS[name], converted)
 
 
 def run_unit(study: Study, unit: Unit) -> AblationUnit:
@@ -163,8 +164,10 @@ def finished(study: Study, unit: Unit) -> AblationUnit | None:
 def _open(study: Study, unit: Unit) -> tuple[Run, nn.Module]:
     model, task = open_task(study.recipe, study.data, unit.seed, unit.fold)
     example = next(iter(task.batches("test", study.recipe.deploy_batch, False)))[0]
-    folder = study.out / "ablation" / unit.draw
-    return Run(study.recipe, study.table, task, example, unit.seed, folder, study.console), model
+    units = study.out / "ablation"
+    folder = units / unit.draw
+    run = Run(study.recipe, study.table, task, example, unit.seed, folder, study.console, units)
+    return run, model
 
 
 def _untrained(run: Run, name: str, model: nn.Module) -> nn.Module:
@@ -225,10 +228,7 @@ def _evaluated(
         operation_energy(workload).with_memory_mj
         for workload in linear_workloads(candidate.model, run.example)
     )
-    variant = VARIANTS.get(unit.variant)
-    objective = (
-        latency_objective(variant, candidate.model, study.table, run.example) if variant else None
-    )
+    variant, objective = VARIANTS.get(unit.variant), candidate.objective
     expected_ms = None
     if objective is not None and objective.curves is not None:
         expected_ms = objective.curves.expected_ms(shares)

@@ -22,10 +22,10 @@ from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed import DeployedLinear
 from reparam.deployed_mlps import DeployedMoE
+from reparam.forced_dispatch import force_share_
 from reparam.plan import launches_of
 from reparam.predicted_measured import Case, moe_sizes
 from reparam.results import Interval
-from reparam.versus_torch import force_share_
 
 
 @dataclass(frozen=True)

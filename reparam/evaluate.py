@@ -41,11 +41,12 @@ from profiler.store import Measurement, create_store, full_clock
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
+from reparam.forced_dispatch import force_share_
 from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
 from reparam.scaling import attention_sizes, measure_scaling
 from reparam.scaling_result import Scaling
-from reparam.versus_torch import compare, force_share_
+from reparam.versus_torch import compare
 from reparam.versus_torch_result import Comparison, VersusTorch
 
 app = typer.Typer(add_completion=False)

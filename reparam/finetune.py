@@ -29,13 +29,14 @@ from profiler.command_line import BadInput, output_folder
 from profiler.command_line import run as run_command
 from profiler.device import cpu_info
 from reparam.convert import ConversionError, reparameterize_
-from reparam.distributed import process_group
+from reparam.distributed import process_group, wait_for_all
 from reparam.expert_latency import layer_workloads, set_expert_latencies_, undecided
 from reparam.outcome import Candidate, evaluate_candidates, rows_of, write_rows
 from reparam.recipe import Recipe, create_model, load_recipe
 from reparam.results import FinetuneResults, Interval
 from reparam.stages import (
     Run,
+    check_budget,
     latency_objective,
     open_task,
     train_attention,
@@ -90,7 +91,10 @@ def finetune(
 
     with process_group(train_device) as here:
         console.quiet = not here.is_first
-        run = Run(settings, table, task, example, seed, folder, console)
+        run = Run(settings, table, task, example, seed, folder, console, folder)
+        if here.is_first:
+            check_budgets(run, original)
+        wait_for_all()
         candidates = train_all(run, original.to(train_device))
     if not here.is_first:
         return
@@ -134,13 +138,24 @@ def check_conversions(
     Raises:
         ConversionError: If a rule of the recipe matches nothing.
         TableError: If the table cannot answer for an expert.
-        BadInput: If a budget is below what any dispatch takes.
     """
     models = _converted_copies(recipe, original)
     set_expert_latencies_(next(models), table.lookup, example)
     for variant, model in zip(recipe.variants, models):
         set_expert_latencies_(model, table.lookup, example)
-        latency_objective(variant, model, table, example)
+        asked = variant.model_copy(update={"latency_budget_ms": None, "latency_budget_share": None})
+        latency_objective(asked, model, table, example)
+
+
+def check_budgets(run: Run, original: nn.Module) -> None:
+    """Times each variant that is to keep to a budget, before time goes into training.
+
+    Raises:
+        BadInput: If a budget is below what any dispatch takes.
+    """
+    _, *models = _converted_copies(run.recipe, original)
+    for variant, model in zip(run.recipe.variants, models):
+        check_budget(run, variant, model)
 
 
 def recipe_workloads(recipe: Recipe) -> list[Workload]:

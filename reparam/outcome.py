@@ -21,7 +21,7 @@ from reparam.agreement import agreement
 from reparam.data import Data
 from reparam.deploy import deploy, stored_bytes
 from reparam.dispatch_examples import dispatch_examples
-from reparam.losses import optimal_share
+from reparam.losses import LatencyObjective, optimal_share
 from reparam.model_cost import compiled, measure_energies, measure_latencies, predict_latency
 from reparam.model_energy import COVERS, modelled_energy_mj
 from reparam.plan import planned
@@ -39,6 +39,7 @@ class Candidate:
         name, title, history, converted, skipped: As in ``VariantResult``.
         model: The trained form.
         expert_latencies: By MoE layer and expert, latency in ms and its source.
+        objective: What its routers were trained for; None where nothing.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Candidate:
     converted: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     expert_latencies: dict[str, dict[str, tuple[float, str]]] = field(default_factory=dict)
+    objective: LatencyObjective | None = None
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from profiler.store import CLOCK_RATE, Measurement, row_key, subject_key
 from profiler.timing import measure_interleaved
 from reparam.deploy import stored_bytes
 from reparam.deployed_mlps import DeployedMoE
+from reparam.forced_dispatch import force_share_
 from reparam.one_pass import Hook, watch_pass
 from reparam.plan import launches_of, planned
-from reparam.versus_torch import force_share_
 from reparam.watched_work import work_of
 
 RUN = "predicted-versus-measured"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable
 from profiler.command_line import BadInput
+from reparam.calibration import Calibration, calibrate, calibration_of, stretched
 from reparam.checkpoints import save_weights
 from reparam.convert import Conversion, reparameterize_
 from reparam.data import Data, digits, image_folder
@@ -43,7 +44,13 @@ TASKS: dict[str, Callable[[int, int | None], Data]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    Attributes:
+        example: Input at the deployed batch.
+        out: Folder for weights, checkpoints and training.csv.
+        calibrations: Folder in which ``reparam.calibration`` has left what it measured.
+    """
 
     recipe: Recipe
     table: LatencyTable
@@ -52,6 +59,7 @@ class Run:
     seed: int
     out: Path
     console: Console
+    calibrations: Path
 
 
 def open_task(
@@ -127,7 +135,8 @@ def train_variant(run: Run, variant: Variant, stage1: Candidate, teacher: nn.Mod
     device = next(model.parameters()).device
     example = run.example.to(device)
     latencies = set_expert_latencies_(model, run.table.lookup, example)
-    objective = latency_objective(variant, model, run.table, example)
+    calibration = calibration_of(variant, run.recipe, run.table, run.calibrations)
+    objective = latency_objective(variant, model, run.table, example, calibration)
     # Only the loss depends on the table: without it, another table changes nothing.
     driven_by = {"variant": variant.model_dump_json()}
     if objective is not None:
@@ -144,11 +153,16 @@ def train_variant(run: Run, variant: Variant, stage1: Candidate, teacher: nn.Mod
         stage1.converted | linears.converted,
         stage1.skipped | linears.skipped,
         latencies,
+        objective,
     )
 
 
 def latency_objective(
-    variant: Variant, model: nn.Module, table: LatencyTable, example: Tensor
+    variant: Variant,
+    model: nn.Module,
+    table: LatencyTable,
+    example: Tensor,
+    calibration: Calibration | None = None,
 ) -> LatencyObjective | None:
     """What a variant asks of its routers.
 
@@ -157,6 +171,7 @@ def latency_objective(
         model: Converted as the variant says.
         table: For the curves of the expected latency.
         example: Input at the deployed batch, where the model is.
+        calibration: What the model was seen to take; None for what the table says.
 
     Raises:
         TableError: If the table cannot answer for an expert.
@@ -173,7 +188,10 @@ def latency_objective(
         variant.schedule,
         overhead=table.overhead("layer", "deployed"),
         whole=table.overhead("model", "deployed"),
-    ).to(example.device)
+    )
+    if calibration is not None:
+        curves = stretched(curves, calibration)
+    curves = curves.to(example.device)
     low_ms, high_ms = curves.bounds_ms
     budget_ms = variant.latency_budget_ms
     if variant.latency_budget_share is not None:
@@ -184,6 +202,23 @@ def latency_objective(
             f" the {low_ms:.4g} ms of the fastest dispatch"
         )
     return LatencyObjective(variant.latency_loss_weight, curves, budget_ms)
+
+
+def check_budget(run: Run, variant: Variant, model: nn.Module) -> None:
+    """Asks the table for a variant's experts, and times it where it is to keep to a budget.
+
+    Args:
+        run: Its folder of calibrations gets what was measured.
+        variant: Of the recipe, or of an ablation.
+        model: Converted as the variant says, not trained.
+
+    Raises:
+        TableError: If the table cannot answer for an expert.
+        BadInput: If the budget is below what any dispatch takes.
+    """
+    calibrate(variant, model, run.recipe, run.table, run.example, run.calibrations, run.console)
+    calibration = calibration_of(variant, run.recipe, run.table, run.calibrations)
+    latency_objective(variant, model, run.table, run.example, calibration)
 
 
 def _written(curves: ModelCurves) -> str:

@@ -11,6 +11,7 @@ than 7 % off what it was trained for.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -24,13 +25,14 @@ from profiler.command_line import EXIT_VERDICT_AGAINST, BadInput, output_folder,
 from profiler.device import cpu_info
 from profiler.samples import PRESETS
 from reparam.accuracy import dispatch_shares, predict, top1
+from reparam.convert import reparameterize_
 from reparam.deploy import deploy
 from reparam.model_cost import measure_latencies
 from reparam.plan import planned
 from reparam.recipe import Variant, load_recipe
 from reparam.stages import (
     Run,
-    latency_objective,
+    check_budget,
     open_task,
     train_attention,
     train_original,
@@ -75,14 +77,19 @@ def main(
     model, data = open_task(recipe, None, 0)
     example = next(iter(data.batches("test", recipe.deploy_batch, False)))[0]
     folder = output_folder(out / "budget")
-    own = Run(recipe, table, data, example, 0, folder, Console(stderr=True))
+    own = Run(recipe, table, data, example, 0, folder, Console(stderr=True), folder)
+    for share in BUDGETS:
+        asked, untrained = variant(share), copy.deepcopy(model)
+        for config in (recipe.attention_config, recipe.linears_config(asked)):
+            reparameterize_(untrained, config, recipe.allows(untrained))
+        check_budget(own, asked, untrained)
     original = train_original(own, model)
     stage1 = train_attention(own, original)
     kept = True
     for share in BUDGETS:
         asked = variant(share)
-        trained = train_variant(own, asked, stage1, original.model).model
-        objective = latency_objective(asked, trained, table, example)
+        candidate = train_variant(own, asked, stage1, original.model)
+        trained, objective = candidate.model, candidate.objective
         assert objective is not None and objective.curves is not None
         assert objective.budget_ms is not None
         with dispatch_shares(trained) as shares:

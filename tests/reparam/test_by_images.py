@@ -11,7 +11,7 @@ from reparam.by_images import by_images
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.deployed_mlps import DeployedMoE
-from reparam.versus_torch import force_share_
+from reparam.forced_dispatch import force_share_
 
 
 def deployed_pvt():

@@ -11,7 +11,7 @@ from kernels.workload import attention, linear
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.deployed import DeployedLinear
-from reparam.versus_torch import force_share_
+from reparam.forced_dispatch import force_share_
 from reparam.watched_work import work_beside_experts, work_of
 
 
