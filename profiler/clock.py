@@ -15,7 +15,7 @@ from profiler.measurement import Measurement
 
 # Part of the clock to be had below which a figure is measured again.
 FULL_CLOCK = 0.95
-_LAUNCHES = 20
+_LAUNCHES = 4
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def _loop(threads: int) -> Peak:
 def clock_rate(threads: int, now: Callable[[], float] = time.perf_counter) -> float:
     """10⁹ multiply-accumulates a second, by the fastest of some short loops.
 
-    Takes some ms.
+    Takes a third of a ms.
 
     Args:
         threads: CPU threads that the loop runs on.
@@ -42,6 +42,6 @@ def clock_rate(threads: int, now: Callable[[], float] = time.perf_counter) -> fl
 
 
 def rate_of(rows: Sequence[Measurement]) -> float | None:
-    """The lowest rate during which some rows were measured; None where it was not watched."""
+    """The lowest clock of some rows; None where it was not watched."""
     rates = (row.clock_rate for row in rows)
     return min((rate for rate in rates if rate is not None), default=None)

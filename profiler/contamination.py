@@ -39,12 +39,15 @@ class Contamination:
             that it means something over a whole measurement only.
         core_share: No counter: how fast the core works now beside its fastest, 0 to 1; read before
             and after each sample. None: nobody looks. See ``profiler.shared_core``.
+        clock_rate: Nor this: how fast the CPU's clock is now; read before and after the samples of
+            each burst. None: nobody looks. See ``profiler.clock``.
     """
 
     waited_s: Callable[[], float] = _never
     stolen_s: Callable[[], float] = _never
     others_s: Callable[[], float] = _never
     core_share: Callable[[], float] | None = None
+    clock_rate: Callable[[], float] | None = None
 
 
 NO_CONTAMINATION = Contamination()

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
+from profiler.samples import CLOCK_RATE
 
-# Name in ``Measurement.details`` of the CPU's clock during a row; see ``profiler.clock``.
-CLOCK_RATE = "fma_gmacs_per_s"
 # Of the clocks that a device was seen at, which part is below its full one.
 _AT_BEST = 0.95
 
@@ -108,7 +107,7 @@ class Measurement(BaseModel):
 
     @property
     def clock_rate(self) -> float | None:
-        """The CPU's clock as a loop of multiplications sees it; None where nobody looked."""
+        """The CPU's mean clock, by a loop of multiplications; None where nobody looked."""
         rate = self.details.get(CLOCK_RATE)
         return None if rate is None else float(rate)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from profiler.candidates import Candidate, bind_all
 from profiler.energy import EnergyReading
-from profiler.measurement import CLOCK_RATE, Measurement
+from profiler.measurement import Measurement
 from profiler.roofline import roofline_share
 from profiler.samples import Timing, paired_ratio
 from profiler.settings import Setting
@@ -33,16 +33,12 @@ def measure(group: Sequence[Candidate], setting: Setting) -> Iterator[list[Measu
     for cache in setting.config.cache:
         named = {candidate.name: launch for candidate, launch in launches.items()}
         with setting.accounting.charge("sampling"):
-            rates = [setting.site.clock_rate()]
             by_name = setting.site.time(named, setting.timing, cache)
-            rates.append(setting.site.clock_rate())
-        clock = min((rate for rate in rates if rate is not None), default=None)
         timings = {candidate: by_name[candidate.name] for candidate in launches}
         rows = [failed_row(candidate, cache, setting) for candidate in failed]
         for candidate, launch in launches.items():
             energy = read_energy(candidate, launch, setting)
             details = details_of(candidate, timings, setting) | energy.details
-            details |= {} if clock is None else {CLOCK_RATE: clock}
             rows.append(
                 finished_row(candidate, cache, timings[candidate], energy, details, setting)
             )

@@ -64,10 +64,6 @@ class RemoteSite:
         with self._or_gone():
             return measure_remote(launches, settings, _FLUSH_BYTES if cache == "cold" else 0)
 
-    def clock_rate(self) -> float | None:
-        """Not watched there."""
-        return None
-
     def roofs(self, settings: TimingSettings) -> dict[str, float]:
         """Not measured there."""
         return {}

@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import bdtr
+
+# Name in ``Timing.details`` of the CPU's clock; see ``profiler.clock``.
+CLOCK_RATE = "fma_gmacs_per_s"
 
 StopReason = Literal["precision", "max_time", "contended", "too short"]
 
@@ -120,7 +124,7 @@ class Timing:
             ended so; ``waiting_share`` of the sampling time; ``others_share``, CPU time of other
             processes over that of all CPUs; where somebody looked, ``own_core``, whether the
             figures are of samples that no neighbour shared the core with, and ``own_core_share`` of
-            them among all; and what a GPU's clock adds. Not a column.
+            them among all; the CPU's mean clock; and what a GPU's adds. Not a column.
         on_shared_core: Whether there were too few samples without such a neighbour.
     """
 
@@ -176,6 +180,7 @@ class Burst:
             empty for a device that does not tell.
         core_shares: The lower of the core's shares before and after each sample, ``(samples,)``;
             empty where nobody looked.
+        clock_rates: Of the CPU before and after the samples; empty where nobody looked.
     """
 
     number: int
@@ -186,6 +191,7 @@ class Burst:
     others_ms: float = 0.0
     throttled: tuple[bool, ...] = ()
     core_shares: tuple[float, ...] = ()
+    clock_rates: tuple[float, ...] = ()
 
     @property
     def durations_ms(self) -> np.ndarray:
@@ -352,6 +358,9 @@ def summarise(
         details |= {"own_core": has_own_core, "own_core_share": round(own_samples / taken, 3)}
     if any(len(burst.throttled) for burst in bursts):
         details["samples_throttled"] = throttled
+    if rates := [rate for burst in bursts for rate in burst.clock_rates]:
+        # It changes within milliseconds: a single reading says little of a whole measurement.
+        details[CLOCK_RATE] = round(fmean(rates), 3)
     reason = None
     if 2 * kept.size < taken or len(known) < settings.rounds_min:
         reason = f"contended: {kept.size} of {taken} samples clean, in {len(known)} bursts"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -65,9 +66,6 @@ class Site(Protocol):
     ) -> dict[str, Timing]:
         """All launches by one clock, interleaved, with hot or cold caches."""
 
-    def clock_rate(self) -> float | None:
-        """How fast its clock is now (``profiler.clock``); None where ``time`` itself watches it."""
-
     def roofs(self, settings: TimingSettings) -> dict[str, float]:
         """What it can do at most, by the same clock; empty where that is not measured."""
 
@@ -126,11 +124,8 @@ class LocalSite:
                 return measure_cuda(launches, settings, l2_bytes if cache == "cold" else None)
         last_level_bytes = self.device.last_level_cache_bytes or _UNKNOWN_CACHE_BYTES
         flush = cache_flush(last_level_bytes) if cache == "cold" else None
-        return measure_interleaved(launches, settings, flush=flush)
-
-    def clock_rate(self) -> float | None:
-        """Of a CPU."""
-        return clock_rate(self.device.threads) if self.device.kind == "cpu" else None
+        rate = partial(clock_rate, self.device.threads or 1)
+        return measure_interleaved(launches, settings, flush=flush, clock_rate=rate)
 
     def roofs(self, settings: TimingSettings) -> dict[str, float]:
         """Those of a CPU; a GPU's are not measured yet."""

@@ -15,7 +15,8 @@ import sqlalchemy as sa
 
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
-from profiler.measurement import CLOCK_RATE, Measurement, full_clock, row_key, subject_key
+from profiler.measurement import Measurement, full_clock, row_key, subject_key
+from profiler.samples import CLOCK_RATE
 
 __all__ = [
     "CLOCK_RATE",

@@ -101,6 +101,7 @@ def measure_interleaved(
     contamination: Contamination | None = None,
     synchronise: Callable[[], Any] = lambda: None,
     flush: Callable[[], Any] | None = None,
+    clock_rate: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Times candidates against each other: in each round a warm-up and a burst of every one.
 
@@ -114,6 +115,8 @@ def measure_interleaved(
         synchronise: Waits for what was launched; the clock is read after it.
         flush: For a cold cache: empties it before each sample, which is then a single launch.
             See ``cache_flush``.
+        clock_rate: How fast the CPU's clock is now, to be noted beside the figures; see
+            ``profiler.clock``.
 
     Returns:
         A Timing for each name, in the same order.
@@ -123,7 +126,8 @@ def measure_interleaved(
             name: _host_candidate(launch, settings, clock, synchronise, flush)
             for name, launch in launches.items()
         }
-        return interleave(candidates, settings, clock, contamination or host_contamination())
+        counters = replace(contamination or host_contamination(), clock_rate=clock_rate)
+        return interleave(candidates, settings, clock, counters)
 
 
 def cache_flush(last_level_cache_bytes: int) -> Callable[[], Any]:
@@ -303,9 +307,10 @@ def _take_burst(
     candidate.rest()
     _warm_up(candidate.warm, settings.warmup_ms, most_ms, clock, candidate.clock_mhz)
     samples, waited_ms = [], []
+    look, clock_rate = contamination.core_share, contamination.clock_rate
+    rates = [clock_rate()] if clock_rate else []
     start = clock()
     stolen_s, others_s = contamination.stolen_s(), contamination.others_s()
-    look = contamination.core_share
     shares = [look()] if look else []
     for _ in range(candidate.samples_per_burst):
         candidate.before()
@@ -315,7 +320,7 @@ def _take_burst(
         if look:
             shares.append(look())
     throttled = tuple(each.throttled for each in samples if each.throttled is not None)
-    return Burst(
+    burst = Burst(
         number=candidate.number,
         latencies_ms=tuple(sample.latency_ms for sample in samples),
         waited_ms=tuple(waited_ms),
@@ -326,6 +331,7 @@ def _take_burst(
         throttled=throttled if len(throttled) == len(samples) else (),
         core_shares=tuple(min(around) for around in pairwise(shares)),
     )
+    return replace(burst, clock_rates=(*rates, clock_rate())) if clock_rate else burst
 
 
 def _finish(bursts: Sequence[Burst], spent_s: float, settings: TimingSettings) -> Timing | None:

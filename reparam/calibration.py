@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable
 from kernels.torch_ops import set_threads
-from profiler.command_line import BadInput, explain
+from profiler.command_line import BadInput, explain, output_folder
 from profiler.device import cpu_info
 from profiler.samples import PRESETS, TimingSettings
 from profiler.whole_file import write_whole
@@ -47,18 +47,22 @@ class Calibration(BaseModel):
     Attributes:
         identity: What they hold for: hashes of recipe, variant and table.
         shares: Of the tokens of every MoE layer, those of its last expert.
-        latency_ms: At each share.
+        latency_ms: At each share; None with a reason.
+        reason: Why there is none. A run that is taken up again then goes on without, as it began.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: dict[str, str]
     shares: tuple[float, ...]
-    latency_ms: tuple[PositiveFloat, ...]
+    latency_ms: tuple[PositiveFloat, ...] | None
+    reason: str | None = None
 
     @model_validator(mode="after")
     def _a_figure_for_each(self) -> Calibration:
-        if len(self.shares) != len(self.latency_ms) or len(self.shares) < 2:
+        if (self.latency_ms is None) == (self.reason is None):
+            raise ValueError("latency_ms: is missing exactly where there is a reason")
+        if self.latency_ms is not None and not len(self.latency_ms) == len(self.shares) > 1:
             raise ValueError("latency_ms: needs a figure for each of two or more shares")
         return self
 
@@ -100,22 +104,19 @@ def calibrate(
         forced = copy.deepcopy(deployed)
         force_share_(forced, share, example)
         plans[f"{share:g}"] = planned(forced, example)
-    found = {
-        float(share): timing.latency_ms
-        for share, timing in measure_latencies(plans, example, settings).items()
-        if timing.latency_ms is not None
-    }
-    if len(found) < len(SHARES):
-        console.print(f"{variant.name}: not calibrated, its latency could not be measured")
-        return
-    took = Calibration(
+    timings = measure_latencies(plans, example, settings).values()
+    took = [timing.latency_ms for timing in timings if timing.latency_ms is not None]
+    reason = next((timing.reason for timing in timings if timing.latency_ms is None), None)
+    found = Calibration(
         identity=_identity(variant, recipe, table),
-        shares=tuple(found),
-        latency_ms=tuple(found.values()),
+        shares=SHARES,
+        latency_ms=tuple(took) if reason is None else None,
+        reason=reason,
     )
-    write_whole(_file(variant, folder), took.model_dump_json(indent=2))
-    figures = ", ".join(f"{ms:.3f}" for ms in took.latency_ms)
-    console.print(f"{variant.name}: measured {figures} ms at 0 to 100 % on its last expert")
+    write_whole(_file(variant, output_folder(folder)), found.model_dump_json(indent=2))
+    figures = ", ".join(f"{ms:.3f}" for ms in took)
+    said = reason or f"{figures} ms with 0 to 100 % of the tokens on the last expert"
+    console.print(f"{variant.name}: timed before training: {said}", soft_wrap=True)
 
 
 def calibration_of(
@@ -156,6 +157,8 @@ def stretched(curves: ModelCurves, calibration: Calibration) -> ModelCurves:
         curves: Of the table; each layer has two experts.
         calibration: Of the same model.
     """
+    if calibration.latency_ms is None:
+        return curves
     layers = len(curves.layers)
     dispatches = [torch.tensor([1 - share, share]) for share in calibration.shares]
     kernels, busy = np.array([_of_layers(curves, one) for one in dispatches]).T

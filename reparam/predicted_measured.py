@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -161,12 +161,9 @@ def _timed(
             }
             if not left:
                 break
-            before = clock_rate(threads)
-            found = measure_interleaved(left, settings)
-            rate = min(before, clock_rate(threads))
+            found = measure_interleaved(left, settings, clock_rate=partial(clock_rate, threads))
             for name, timing in found.items():
-                marked = replace(timing, details={**timing.details, CLOCK_RATE: rate})
-                timings[name] = max(timings.get(name, marked), marked, key=_quality)
+                timings[name] = max(timings.get(name, timing), timing, key=_quality)
     return timings
 
 

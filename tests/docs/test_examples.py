@@ -123,3 +123,5 @@ def test_the_recipe_of_the_page_is_one():
     content["model"] |= tomllib.loads(written["weights.toml"])
     own = Recipe.model_validate(content | {"attention": "quadratic"})
     assert own.model.kwargs["pretrained_cfg_overlay"]["num_classes"] == 10
+    content["variants"][0] |= tomllib.loads(written["budget.toml"])
+    assert Recipe.model_validate(content).variants[0].latency_budget_ms == 12.5

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from profiler.samples import CLOCK_RATE
 from profiler.timing import Contamination, TimingSettings, cache_flush, measure_interleaved
 
 SETTINGS = TimingSettings(rounds_min=6, max_time_s=0.5)
@@ -54,6 +55,19 @@ def every(period, action):
             action()
 
     return step
+
+
+def test_the_clock_is_noted_around_each_burst_and_its_time_is_nobodys():
+    simulation, rates = Simulation(), iter([100.0, 90.0] * SETTINGS.rounds_min)
+
+    def rate():
+        simulation.now_s += 1.0
+        return next(rates)
+
+    timing = simulation.measure({"a": simulation.launch("a", 0.1)}, clock_rate=rate)["a"]
+    assert timing.details[CLOCK_RATE] == 95.0 and next(rates, None) is None
+    assert timing.latency_ms == pytest.approx(0.1, rel=1e-3)
+    assert CLOCK_RATE not in simulation.measure({"a": simulation.launch("a", 0.1)})["a"].details
 
 
 @pytest.mark.parametrize("cost_ms", [0.002, 0.05, 0.7, 50.0])
