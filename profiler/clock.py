@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kernels.peaks import Peak, peaks
-from profiler.measurement import Measurement
 
 # Part of the clock to be had below which a figure is measured again.
 FULL_CLOCK = 0.95
@@ -39,9 +38,3 @@ def clock_rate(threads: int, now: Callable[[], float] = time.perf_counter) -> fl
         loop.launch()
         lengths_s.append(now() - start)
     return loop.amount / min(lengths_s) / 1e9
-
-
-def rate_of(rows: Sequence[Measurement]) -> float | None:
-    """The lowest clock of some rows; None where it was not watched."""
-    rates = (row.clock_rate for row in rows)
-    return min((rate for rate in rates if rate is not None), default=None)

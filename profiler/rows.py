@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from profiler.candidates import Candidate, bind_all
 from profiler.energy import EnergyReading
 from profiler.measurement import Measurement
+from profiler.passes import of_a_pass, pool
 from profiler.roofline import roofline_share
 from profiler.samples import Timing, paired_ratio
 from profiler.settings import Setting
@@ -22,22 +24,47 @@ _MULT_OF = {
 }
 
 
-def measure(group: Sequence[Candidate], setting: Setting) -> Iterator[list[Measurement]]:
-    """Measures the candidates of one product.
+@dataclass
+class Product:
+    """The candidates of one product and what was measured of them so far.
+
+    Attributes:
+        group: They.
+        passes: By state of the caches, the timings of each pass.
+        energies: By state of the caches and candidate: read in the first pass.
+    """
+
+    group: Sequence[Candidate]
+    passes: dict[str, list[dict[str, Timing]]] = field(default_factory=dict)
+    energies: dict[tuple[str, str], EnergyReading] = field(default_factory=dict)
+
+
+def measure(product: Product, setting: Setting) -> Iterator[list[Measurement]]:
+    """Measures the candidates of one product once more.
+
+    Args:
+        product: Gets what was measured.
+        setting: On what and how.
 
     Yields:
         Its rows for one state of the caches after the other: those are written together, since
         their ratios come from the same rounds.
     """
-    launches, failed = bind_all(group, setting)
+    launches, failed = bind_all(product.group, setting)
+    settings = of_a_pass(setting.timing, setting.config.passes)
     for cache in setting.config.cache:
         named = {candidate.name: launch for candidate, launch in launches.items()}
         with setting.accounting.charge("sampling"):
-            by_name = setting.site.time(named, setting.timing, cache)
+            passes = product.passes.setdefault(cache, [])
+            passes.append(setting.site.time(named, settings, cache))
+        by_name = pool(passes)
         timings = {candidate: by_name[candidate.name] for candidate in launches}
         rows = [failed_row(candidate, cache, setting) for candidate in failed]
         for candidate, launch in launches.items():
-            energy = read_energy(candidate, launch, setting)
+            key = (cache, candidate.name)
+            if key not in product.energies:
+                product.energies[key] = read_energy(candidate, launch, setting)
+            energy = product.energies[key]
             details = details_of(candidate, timings, setting) | energy.details
             rows.append(
                 finished_row(candidate, cache, timings[candidate], energy, details, setting)

@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import typer
@@ -32,19 +31,19 @@ from profiler.candidates import (
     try_build,
     try_check,
 )
-from profiler.clock import FULL_CLOCK, rate_of
 from profiler.command_line import output_folder, run
 from profiler.measurement import Measurement
 from profiler.model_workloads import ModelError
 from profiler.noise import measure_noise_floor
 from profiler.progress import console, track
-from profiler.rows import measure
+from profiler.rows import Product, measure
 from profiler.settings import Setting, config_for, remote_settings, settings_for
 from profiler.store import Store, create_store
 from profiler.summary import (
     headlines,
     noise_line,
     overhead_lines,
+    pass_lines,
     problems,
     shared_lines,
     summary_table,
@@ -52,8 +51,8 @@ from profiler.summary import (
 from profiler.sweep_config import SweepConfig
 from profiler.workers import one_each
 
-# Slow phases come and go: of a third of the products, this leaves one in a hundred.
-_TIMES_AGAIN = 3
+# Products between two passes of the same: a minute or two.
+_BLOCK = 30
 
 app = typer.Typer(add_completion=False)
 
@@ -104,39 +103,21 @@ def calibrated(setting: Setting, checked: Sequence[Candidate]) -> Setting:
 
 
 def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -> None:
-    """Measures every product, and again those during which the clock was low or the core shared.
+    """Measures every product in several passes that lie some time apart, and stores its rows.
 
-    What a slow phase left behind is measured after it; the clock that half of the products reached
-    and a core that most have to share are all there is: a faster moment may not come again. What is
-    measured again takes the place of what was there, if it has a figure, of a core of its own where
-    there are such.
+    A block of products is gone through time and again, then the next: rows get better with each
+    pass, and what an interrupted sweep has stored counts as measured.
     """
-    usual, waits = 0.0, False
-    for label in ("measure", *["again"] * _TIMES_AGAIN):
-        rates: list[float | None] = []
-        alone: list[bool] = []
-        for states in track(label, groups, partial(measure, setting=setting)):
-            measured = [row for rows in states for row in rows]
-            store.put(*(row for row in measured if label == "measure" or _is_better(row, waits)))
-            rates.append(rate_of(measured))
-            alone.append(not any(row.on_shared_core for row in measured))
-        if label == "measure":
-            usual = median([rate for rate in rates if rate is not None] or [0.0])
-            waits = sum(alone) >= len(alone) / 2
-        groups = [
-            group
-            for group, rate, own in zip(groups, rates, alone)
-            if ((rate is not None and rate < FULL_CLOCK * usual) or (waits and not own))
-            and not _asks_energy(group, setting)
-        ]
-
-
-def _is_better(row: Measurement, waits: bool) -> bool:
-    return row.latency_ms is not None and not (waits and row.on_shared_core)
-
-
-def _asks_energy(group: Sequence[Candidate], setting: Setting) -> bool:
-    return any(candidate.workload in setting.config.energy_workloads for candidate in group)
+    products = [Product(group) for group in groups]
+    steps = [
+        product
+        for first in range(0, len(products), _BLOCK)
+        for _ in range(setting.config.passes)
+        for product in products[first : first + _BLOCK]
+    ]
+    for states in track("measure", steps, partial(measure, setting=setting)):
+        for rows in states:
+            store.put(*rows)
 
 
 def report(
@@ -151,7 +132,8 @@ def report(
     console.print(summary_table(rows, title))
     for line in problems(rows):
         console.print(line, style="yellow", markup=False)
-    for line in [*headlines(rows), *overhead_lines(rows), noise_line(rows), *shared_lines(rows)]:
+    said = [*headlines(rows), *overhead_lines(rows), noise_line(rows)]
+    for line in [*said, *pass_lines(rows), *shared_lines(rows)]:
         console.print(line, markup=False, highlight=False)
     return [row for row in rows if row.key not in known]
 

@@ -74,6 +74,7 @@ class SweepConfig(BaseModel):
         threads: CPU thread counts, each a device of its own; empty for all cores.
         cache: ``hot``, ``cold`` or both.
         timing: Name of a preset in ``profiler.samples.PRESETS``.
+        passes: How often each product is measured, some minutes apart, within the same time.
         energy: Measure the energy of every shape where the device has a meter, which takes some
             20 s a row; a shape's own ``energy`` asks for that one.
         baselines: Measure torch's kernels beside ours.
@@ -89,6 +90,7 @@ class SweepConfig(BaseModel):
     threads: tuple[Size, ...] = ()
     cache: tuple[Literal["hot", "cold"], ...] = Field(("hot",), min_length=1)
     timing: str = "standard"
+    passes: Annotated[int, Field(ge=1, le=9)] = 2
     energy: bool = False
     baselines: bool = True
     superseded: bool = True

@@ -1,6 +1,7 @@
 """Sweeps end to end: what is written, what a second one leaves alone, what is refused."""
 
 import multiprocessing
+from contextlib import closing, suppress
 from dataclasses import replace
 from statistics import median
 
@@ -14,9 +15,9 @@ from profiler.command_line import run
 from profiler.contamination import NO_CONTAMINATION
 from profiler.device import DeviceInfo
 from profiler.energy import EnergyReading
-from profiler.measurement import CLOCK_RATE
 from profiler.model_workloads import ModelError
-from profiler.samples import PRESETS, Timing, TimingSettings
+from profiler.passes import PASS_SPREAD, PASSES
+from profiler.samples import CLOCK_RATE, PRESETS, Timing, TimingSettings
 from profiler.settings import settings_for
 from profiler.store import create_store, open_store
 from profiler.sweep_config import SweepConfig
@@ -256,71 +257,62 @@ def test_energy_is_measured_of_the_shapes_that_ask_and_its_time_told_before(
 
 @pytest.fixture
 def three_products(monkeypatch, tmp_path):
-    """Sweeps three products; which measurements find a shared core, and the clock of each."""
+    """Sweeps three products of 10, 20 and 30 tokens; ``spoil`` changes what a call has measured."""
 
-    def swept(shared=(), rates=()):
-        time, calls, rates = sites.LocalSite.time, [], iter(rates)
+    def swept(spoil=lambda number, timing: timing):
+        time, calls = sites.LocalSite.time, []
 
         def noted(site, launches, settings, cache):
-            about = {"own_core": len(calls) not in shared, CLOCK_RATE: next(rates, 10.0)}
             calls.append(launches)
-            return {
-                name: replace(timing, details={**timing.details, **about})
-                for name, timing in time(site, launches, settings, cache).items()
-            }
+            found = time(site, launches, settings, cache)
+            return {name: spoil(len(calls) - 1, timing) for name, timing in found.items()}
 
-        monkeypatch.setattr(sites.LocalSite, "time", noted)
-        monkeypatch.setattr(sweep, "calibrated", lambda setting, checked: setting)
-        config = SweepConfig(
-            timing="quick", forms=("mult_fp32",), shapes=({"m": [10, 20, 30], "k": 16, "n": 32},)
-        )
-        (setting,) = settings_for(config, "again", "cpu", "1")
-        store = create_store(tmp_path / "a.sqlite")
-        rows = sweep.sweep(setting, store)
-        store.close()
-        assert next(rates, None) is None
-        return rows, len(calls)
+        with monkeypatch.context() as patched:
+            patched.setattr(sites.LocalSite, "time", noted)
+            patched.setattr(sweep, "calibrated", lambda setting, checked: setting)
+            (setting,) = settings_for(THREE_PRODUCTS, "again", "cpu", "1")
+            with closing(create_store(tmp_path / "a.sqlite")) as store:
+                with suppress(KeyboardInterrupt):
+                    sweep.sweep(setting, store)
+                return {row.workload.m: row for row in store.rows()}, len(calls)
 
     return swept
 
 
-def test_what_was_measured_at_a_low_clock_is_measured_again(three_products):
-    """Low during the second and then its repetition."""
-    rates = (10.0, 7.0, 9.9, 7.0, 9.6)
-    rows, times = three_products(rates=rates)
-    assert times == 5
-    found = {row.workload.m: row.details[CLOCK_RATE] for row in rows}
-    assert found == {10: 10.0, 20: 9.6, 30: 9.9}
+THREE_PRODUCTS = SweepConfig(
+    timing="quick",
+    passes=2,
+    baselines=False,
+    forms=("mult_fp32",),
+    shapes=({"m": [10, 20, 30], "k": 16, "n": 32},),
+)
 
 
-def test_a_fast_moment_does_not_make_the_usual_clock_low(three_products):
-    rates = (12.0, 10.0, 9.9)
-    _, times = three_products(rates=rates)
-    assert times == 3
+def marked(timing, **details):
+    return replace(timing, details={**timing.details, **details})
 
 
-@pytest.mark.parametrize("shared, again", [({1}, 1), ({1, 3}, 2), ({0, 1}, 0)])
-def test_what_was_measured_on_a_shared_core_is_measured_again(shared, again, three_products):
-    """A core that most products share is all that there is."""
-    rows, times = three_products(shared)
-    assert times == 3 + again
-    alone = {row.workload.m for row in rows if row.details["own_core"]}
-    assert alone == ({10, 20, 30} if again else {30})
+@pytest.mark.parametrize(
+    "block, order", [(30, (10, 20, 30, 10, 20, 30)), (2, (10, 20, 10, 20, 30, 30))]
+)
+def test_passes_over_a_product_lie_apart(block, order, three_products, monkeypatch):
+    monkeypatch.setattr(sweep, "_BLOCK", block)
+    rows, times = three_products(lambda number, timing: marked(timing, **{CLOCK_RATE: number}))
+    assert times == 6
+    for tokens, row in rows.items():
+        both = [number for number, m in enumerate(order) if m == tokens]
+        assert row.details[CLOCK_RATE] == sum(both) / 2
+        assert row.details[PASSES] == 2 and row.details[PASS_SPREAD] >= 0
 
 
-def test_a_core_that_is_always_shared_keeps_no_low_clock(three_products):
-    rows, times = three_products(range(9), (10.0, 7.0, 10.0, 9.8))
-    assert times == 4
-    assert {row.workload.m: row.details[CLOCK_RATE] for row in rows} == {
-        10: 10.0,
-        20: 9.8,
-        30: 10.0,
-    }
+@pytest.mark.parametrize("shared, alone", [({1}, {10, 20, 30}), ({1, 4}, {10, 30})])
+def test_a_figure_is_of_the_pass_with_a_core_of_its_own(shared, alone, three_products):
+    rows, _ = three_products(lambda number, timing: marked(timing, own_core=number not in shared))
+    assert {m for m, row in rows.items() if row.details["own_core"]} == alone
+    assert {row.details[PASSES] for row in rows.values()} == ({1, 2} if len(alone) == 3 else {2})
 
 
-def test_a_figure_is_never_given_up_for_none(monkeypatch, tmp_path):
-    """The clock was low, and the second time neighbours were in the way."""
-    rates = iter([10.0, 10.0, 7.0])
+def test_a_figure_is_never_given_up_for_none(three_products):
     contended = Timing(
         latency_ms=None,
         samples_kept=0,
@@ -328,29 +320,20 @@ def test_a_figure_is_never_given_up_for_none(monkeypatch, tmp_path):
         stop_reason="contended",
         reason="contended: a neighbour",
     )
-    time = sites.LocalSite.time
-    calls = []
+    rows, times = three_products(lambda number, timing: contended if number > 2 else timing)
+    assert times == 6 and all(row.status == "ok" for row in rows.values())
 
-    def noted(site, launches, settings, cache):
-        calls.append(launches)
-        if len(calls) > 3:
-            return dict.fromkeys(launches, contended)
-        rate = {CLOCK_RATE: next(rates)}
-        return {
-            name: replace(timing, details={**timing.details, **rate})
-            for name, timing in time(site, launches, settings, cache).items()
-        }
 
-    monkeypatch.setattr(sites.LocalSite, "time", noted)
-    monkeypatch.setattr(sweep, "calibrated", lambda setting, checked: setting)
-    config = SweepConfig(
-        timing="quick", forms=("mult_fp32",), shapes=({"m": [10, 20, 30], "k": 16, "n": 32},)
-    )
-    (setting,) = settings_for(config, "clock", "cpu", "1")
-    store = create_store(tmp_path / "a.sqlite")
-    rows = sweep.sweep(setting, store)
-    store.close()
-    assert len(calls) == 3 + 1 and all(row.status == "ok" for row in rows)
+def test_an_interrupted_second_pass_leaves_the_first(three_products):
+    def interrupt(number, timing):
+        if number == 4:
+            raise KeyboardInterrupt
+        return timing
+
+    rows, _ = three_products(interrupt)
+    assert {m: row.details[PASSES] for m, row in rows.items()} == {10: 2, 20: 1, 30: 1}
+    again, times = three_products()
+    assert times == 0 and again == rows
 
 
 def sweep_into(path, barrier):
