@@ -121,6 +121,11 @@ class Variant(_Strict):
             )
         return self
 
+    @property
+    def without_budget(self) -> Variant:
+        """The same, asked for as little latency as can be."""
+        return self.model_copy(update={"latency_budget_ms": None, "latency_budget_share": None})
+
 
 class Recipe(_Strict):
     """A fine-tuning run.

@@ -216,6 +216,7 @@ def check_budget(run: Run, variant: Variant, model: nn.Module) -> None:
         TableError: If the table cannot answer for an expert.
         BadInput: If the budget is below what any dispatch takes.
     """
+    latency_objective(variant.without_budget, model, run.table, run.example)
     calibrate(variant, model, run.recipe, run.table, run.example, run.calibrations, run.console)
     calibration = calibration_of(variant, run.recipe, run.table, run.calibrations)
     latency_objective(variant, model, run.table, run.example, calibration)
