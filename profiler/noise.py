@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from profiler.candidates import Candidate, bind
-from profiler.samples import noise_floor
+from profiler.ratios import noise_floor
 from profiler.settings import Setting
 
 

@@ -10,8 +10,9 @@ from profiler.candidates import Candidate, bind_all
 from profiler.energy import EnergyReading
 from profiler.measurement import Measurement
 from profiler.passes import of_a_pass, pool
+from profiler.ratios import paired_ratio
 from profiler.roofline import roofline_share
-from profiler.samples import Timing, paired_ratio
+from profiler.samples import Timing
 from profiler.settings import Setting
 
 # Each shift is set against our own mult with the same schedule: what the shift itself brings.

@@ -21,15 +21,13 @@ from typing import Any
 import numpy as np
 
 from profiler.contamination import NO_CONTAMINATION, Contamination, host_contamination
+from profiler.ratios import Ratio, noise_floor, paired_ratio
 from profiler.samples import (
     PRESETS,
     Burst,
-    Ratio,
     Timing,
     TimingSettings,
     has_plateaued,
-    noise_floor,
-    paired_ratio,
     summarise,
 )
 

@@ -31,7 +31,8 @@ from kernels.workload import Workload
 from profiler.command_line import BadInput, output_folder, run
 from profiler.model_workloads import ModelError
 from profiler.progress import console
-from profiler.samples import PRESETS, Timing, TimingSettings, paired_ratio
+from profiler.ratios import paired_ratio
+from profiler.samples import PRESETS, Timing, TimingSettings
 from profiler.settings import Setting, config_for, settings_for
 from profiler.timing import measure_interleaved
 

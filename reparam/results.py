@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from profiler.device import DeviceInfo
-from profiler.samples import Timing, paired_ratio
+from profiler.ratios import paired_ratio
+from profiler.samples import Timing
 from profiler.whole_file import write_whole
 
 

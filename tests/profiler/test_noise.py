@@ -3,7 +3,8 @@ import pytest
 from kernels.workload import attention, linear
 from profiler.candidates import Candidate
 from profiler.noise import measure_noise_floor, representatives
-from profiler.samples import Timing, noise_floor
+from profiler.ratios import noise_floor
+from profiler.samples import Timing
 from profiler.settings import Setting
 from profiler.sweep_config import SweepConfig
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler.passes import PASS_SPREAD, PASSES, of_a_pass, pool
-from profiler.samples import CLOCK_RATE, PRESETS, Timing, TimingSettings, paired_ratio
+from profiler.ratios import paired_ratio
+from profiler.samples import CLOCK_RATE, PRESETS, Timing, TimingSettings
 
 
 def timing(level, rounds=8, own=True, clock=None, jitter=0.01, seed=0):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.device import DeviceInfo
+from profiler.ratios import noise_floor, paired_ratio
 from profiler.samples import (
     LARGEST_OTHERS_SHARE,
     LARGEST_WAITING_SHARE,
@@ -15,8 +16,6 @@ from profiler.samples import (
     TimingSettings,
     has_plateaued,
     median_interval,
-    noise_floor,
-    paired_ratio,
     summarise,
 )
 from profiler.store import Measurement
