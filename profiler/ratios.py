@@ -1,4 +1,4 @@
-"""What two candidates of one run say of each other: their ratio, and the noise floor of an A/A pair.
+"""What two candidates of one run say of each other: their ratio, and an A/A pair's noise floor.
 
 Pure functions, no clock.
 """
