@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 from kernels.peaks import Peak, peaks
 
-# Part of the clock to be had below which a figure is measured again.
-FULL_CLOCK = 0.95
 _LAUNCHES = 4
 
 

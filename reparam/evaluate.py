@@ -37,7 +37,7 @@ from kernels.torch_ops import set_threads
 from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
 from profiler.samples import PRESETS, TimingSettings
-from profiler.store import Measurement, create_store, full_clock
+from profiler.store import Measurement, create_store
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
@@ -163,13 +163,11 @@ def measure_rows(
 ) -> list[Measurement]:
     """Measures what the store in a folder does not hold yet; returns all of its rows."""
     store = create_store(folder / "measurements.sqlite")
-    known = [row for row in store.rows() if row.device.fingerprint == table.device.fingerprint]
-    full_rate = full_clock(known) or 0.0
     for name in names:
         original, deployed_at = prepared(name)
         for images in batches:
             case = Case(name, original, deployed_at(0.5), _example(original, images))
-            for row in measured_rows(case, table, settings, store.finished_keys(), full_rate):
+            for row in measured_rows(case, table, settings, store.finished_keys()):
                 store.put(row)
                 console.print(f"{row.subject}, {row.lowering}: {row.reason or _ms(row)}")
     rows = list(store.rows())

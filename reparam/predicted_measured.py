@@ -16,10 +16,11 @@ from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import Predicted, kernel_ms, mape
 from cost_models.work import Work
 from kernels import expert_ops
-from profiler.clock import FULL_CLOCK, clock_rate
+from profiler.clock import clock_rate
 from profiler.device import DeviceInfo
+from profiler.passes import of_a_pass, pool
 from profiler.samples import Timing, TimingSettings
-from profiler.store import CLOCK_RATE, Measurement, row_key, subject_key
+from profiler.store import Measurement, row_key, subject_key
 from profiler.timing import measure_interleaved
 from reparam.deploy import stored_bytes
 from reparam.deployed_mlps import DeployedMoE
@@ -30,7 +31,7 @@ from reparam.watched_work import work_of
 
 RUN = "predicted-versus-measured"
 SHARES = tuple(range(0, 101, 10))
-_TRIES = 3
+PASSES = 2
 _NO_ENERGY = "only latency was asked for"
 
 
@@ -57,53 +58,96 @@ class Case:
         return {"model": self.model, "batch": images, "image_size": side}
 
 
+@dataclass(frozen=True)
+class _Group:
+    """What is timed in turns, and the rows that come of its timings."""
+
+    launches: Mapping[str, Callable[[], Any]]
+    rows: Callable[[Mapping[str, Timing]], list[Measurement]]
+
+
 def measured_rows(
-    case: Case,
-    table: LatencyTable,
-    settings: TimingSettings,
-    known: set[str],
-    full_rate: float = 0.0,
+    case: Case, table: LatencyTable, settings: TimingSettings, known: set[str]
 ) -> Iterator[Measurement]:
     """One row for each share of each size of MoE layer, and one for each whole model.
+
+    All are measured in passes, as a sweep's products are.
 
     Args:
         case: What to measure.
         table: For the sums over kernels that the rows carry.
         settings: How precisely.
         known: Keys of rows that need not be measured again.
-        full_rate: The clock that the table's rows were measured at (``profiler.clock``), below
-            which the core is not timed, if waiting helps; 0 where nobody knows.
     """
-    device = table.device
-    timed = partial(_timed, settings=settings, threads=device.threads or 1, full_rate=full_rate)
+    rate = partial(clock_rate, table.device.threads or 1)
+    groups = list(_groups(case, table, known))
+    passes: list[list[dict[str, Timing]]] = [[] for _ in groups]
+    with torch.no_grad():
+        for _ in range(PASSES):
+            for group, found in zip(groups, passes):
+                short = of_a_pass(settings, PASSES)
+                found.append(measure_interleaved(group.launches, short, clock_rate=rate))
+    for group, found in zip(groups, passes):
+        yield from group.rows(pool(found))
+
+
+def _groups(case: Case, table: LatencyTable, known: set[str]) -> Iterator[_Group]:
+    device, subject = table.device, f"{case.model}, batch {len(case.example)}"
     models = {"deployed": case.deployed, "torch": case.original}
-    subject = f"{case.model}, batch {len(case.example)}"
     if not {_key("model", subject, name, device) for name in models} <= known:
-        runs = models | {"deployed": planned(case.deployed, case.example)}
-        timings = timed({name: partial(run, case.example) for name, run in runs.items()})
+        yield _models(case, subject, models, table)
+    for fqn, layer, args, kwargs in moe_sizes(case):
+        subjects = {share: f"{subject}, {fqn}, {share} % shift" for share in SHARES}
+        if not {_key("layer", text, "deployed", device) for text in subjects.values()} <= known:
+            about = case.about | {"layer": fqn}
+            yield _shares(subjects, layer, args, kwargs, about, table)
+
+
+def _models(
+    case: Case, subject: str, models: Mapping[str, nn.Module], table: LatencyTable
+) -> _Group:
+    runs = dict(models) | {"deployed": planned(case.deployed, case.example)}
+
+    def rows(timings: Mapping[str, Timing]) -> list[Measurement]:
+        found = []
         for name, model in models.items():
             work = work_of(model, case.example)
             work = work.planned if name == "deployed" else work
             details = case.about | work.details() | _kernels(work, name, table)
-            yield _row("model", subject, name, device, timings[name], model, details)
-    for fqn, layer, args, kwargs in moe_sizes(case):
-        subjects = {share: f"{subject}, {fqn}, {share} % shift" for share in SHARES}
-        if {_key("layer", text, "deployed", device) for text in subjects.values()} <= known:
-            continue
-        made = {}
-        for share in SHARES:
-            made[share] = copy.deepcopy(layer)
-            force_share_(made[share], share / 100, *args, **kwargs)
-        launches = {
-            str(share): launches_of(partial(one, **kwargs), *args) for share, one in made.items()
-        }
-        timings = timed(launches)
+            timing = timings[name]
+            found.append(_row("model", subject, name, table.device, timing, model, details))
+        return found
+
+    return _Group({name: partial(run, case.example) for name, run in runs.items()}, rows)
+
+
+def _shares(
+    subjects: Mapping[int, str],
+    layer: DeployedMoE,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    about: Mapping[str, Any],
+    table: LatencyTable,
+) -> _Group:
+    made = {}
+    for share in subjects:
+        made[share] = copy.deepcopy(layer)
+        force_share_(made[share], share / 100, *args, **kwargs)
+
+    def rows(timings: Mapping[str, Timing]) -> list[Measurement]:
+        found = []
         for share, one in made.items():
             work = work_of(one, *args, **kwargs).planned
-            details = case.about | {"layer": fqn, "share": share} | work.details()
+            details = dict(about) | {"share": share} | work.details()
             details |= _kernels(work, "deployed", table) | _tokens(one, args[0])
-            timing = timings[str(share)]
-            yield _row("layer", subjects[share], "deployed", device, timing, one, details)
+            timing, text = timings[str(share)], subjects[share]
+            found.append(_row("layer", text, "deployed", table.device, timing, one, details))
+        return found
+
+    launches = {
+        str(share): launches_of(partial(one, **kwargs), *args) for share, one in made.items()
+    }
+    return _Group(launches, rows)
 
 
 def moe_sizes(
@@ -140,39 +184,6 @@ def moe_sizes(
 def _arguments(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Of a mixture of experts, however it is called."""
     return x, residual
-
-
-def _timed(
-    launches: Mapping[str, Callable[[], Any]],
-    settings: TimingSettings,
-    threads: int,
-    full_rate: float,
-) -> dict[str, Timing]:
-    """Those whose core another guest used, or had a low clock, are timed again, a few times."""
-    timings: dict[str, Timing] = {}
-    with torch.no_grad():
-        for _ in range(_TRIES):
-            left = {
-                name: launch
-                for name, launch in launches.items()
-                if name not in timings
-                or timings[name].on_shared_core
-                or _rate(timings[name]) < FULL_CLOCK * full_rate
-            }
-            if not left:
-                break
-            found = measure_interleaved(left, settings, clock_rate=partial(clock_rate, threads))
-            for name, timing in found.items():
-                timings[name] = max(timings.get(name, timing), timing, key=_quality)
-    return timings
-
-
-def _rate(timing: Timing) -> float:
-    return float(timing.details[CLOCK_RATE] or 0.0)
-
-
-def _quality(timing: Timing) -> tuple[bool, bool, float]:
-    return timing.latency_ms is not None, not timing.on_shared_core, _rate(timing)
 
 
 def _kernels(work: Work, lowering: str, table: LatencyTable) -> dict[str, Any]:

@@ -42,6 +42,7 @@ ALLOWED = {
         "profiler.timing",
         "profiler.clock",
         "profiler.samples",
+        "profiler.passes",
         "profiler.ratios",
         "profiler.energy",
         "profiler.device",
