@@ -41,6 +41,7 @@ _MOST_CHUNKS = 16
 # that one product consumes.
 _AMX_ROWS, _AMX_BLOCK, _AMX_TASK = 16, 32, 128
 _AMX_BYTES = 64
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     last_level = device.last_level_cache_bytes or LAST_LEVEL_BYTES
     # A virtual machine shares the last level with others and sees but a part of it.
     shares = {last_level, last_level // 4, min(last_level, LAST_LEVEL_BYTES)}
-    levels = tuple((l2, l3) for l3 in sorted(shares) for l2 in (L2_BYTES, 2 * L2_BYTES))
+    levels = tuple((l2, l3) for l3 in sorted(shares) for l2 in _L2_LEVELS)
     if core == "panels":
         rows = panel_rows(device, facts)
         return tuple(Machine(units, rows, _PANEL, *level) for level in levels)
@@ -102,6 +103,8 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     )
 
 
+# Of x86 server cores 1 to 2 MiB, and some of it is the other thread's.
+_L2_LEVELS = (L2_BYTES, 3 * L2_BYTES // 2, 2 * L2_BYTES)
 # Output tiles to choose from, (rows, columns): none, our schedules', the rival libraries'.
 _TILES = ((1, 1), (16, 32), (32, 32), (64, 64), (128, 64), (128, 128))
 
@@ -195,6 +198,8 @@ def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     held = (weights / panels) + _least(prepared, k * facts.x_dtype_bytes * _AMX_BLOCK)
     blocks = _ceil(m, _AMX_BLOCK) * panels * share
     steps = _ceil(k, round(_AMX_BYTES / facts.x_dtype_bytes))
+    # Rows of a panel's results lie a whole row of the output apart: on pages of their own.
+    pages = m * panels * _least(n * facts.out_bytes / _PAGE_BYTES, 1.0)
     products = _ceil(m, _AMX_ROWS) * vectors * steps * share
     terms: Terms = {
         "launch": 1.0 + 0 * m,
@@ -204,6 +209,8 @@ def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
         "row_panels": m * vectors * share,
         "half_products": products * (n <= _LANES),
         "blocks_l2": blocks * held * _beyond(held, L1_BYTES),
+        "block_weights": _ceil(m, _AMX_BLOCK) * weights * share * _beyond(held, L1_BYTES),
+        "pages": pages * share * _beyond(m * n * facts.out_bytes, machine.l2_bytes),
         "weights_l3": row_tasks * weights * share * _beyond(weights, machine.l2_bytes),
         "weights_memory": row_tasks * weights * _beyond(weights, machine.l3_bytes),
         "prepared": m * k * _busiest(m, units),
