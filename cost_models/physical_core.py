@@ -42,6 +42,7 @@ _MOST_CHUNKS = 16
 _AMX_ROWS, _AMX_BLOCK, _AMX_TASK = 16, 32, 128
 _AMX_BYTES = 64
 _PAGE_BYTES = 4096
+_FIRST_LEVEL = 48 * 2**10
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     units = parallel_units(device)
     last_level = device.last_level_cache_bytes or LAST_LEVEL_BYTES
     # A virtual machine shares the last level with others and sees but a part of it.
-    shares = {last_level, last_level // 4, min(last_level, LAST_LEVEL_BYTES)}
+    seen = (LAST_LEVEL_BYTES, 3 * LAST_LEVEL_BYTES // 2)
+    shares = {last_level, last_level // 4, *(min(last_level, size) for size in seen)}
     levels = tuple((l2, l3) for l3 in sorted(shares) for l2 in _L2_LEVELS)
     if core == "panels":
         rows = panel_rows(device, facts)
@@ -129,6 +131,11 @@ def _beyond(held: Numbers, level: float) -> Numbers:
     """
     above = _most(held / level - 0.5, 0.0)
     return _least(above / 1.5, 1.0)
+
+
+def _beyond_first(held: Numbers) -> Numbers:
+    """The same of rows at random in a first level of 32 to 48 KiB: sooner and all at once."""
+    return _least(_most(held / _FIRST_LEVEL - 0.6, 0.0) / 0.8, 1.0)
 
 
 def _busiest(tasks: Numbers, units: int) -> Numbers:
@@ -243,7 +250,8 @@ def _groups(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
 
     Source: ``kernels.lowerings.add``.
     """
-    return _grouped(sizes, facts, machine, 1.0)
+    # Buckets and tables of the two products lie beside each other.
+    return _grouped(sizes, facts, machine, 1.0, 1.0 if facts.kind in ("kv", "qkv") else 2.0)
 
 
 def _chunks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
@@ -251,10 +259,12 @@ def _chunks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     tokens = sizes.k if facts.kind == "kv" else sizes.m
     wanted = _ceil(tokens, _CHUNK_TOKENS)
     even = wanted + wanted % 2
-    return _grouped(sizes, facts, machine, _least(even, _MOST_CHUNKS))
+    return _grouped(sizes, facts, machine, _least(even, _MOST_CHUNKS), 1.0)
 
 
-def _grouped(sizes: Sizes, facts: FormFacts, machine: Machine, chunks: Numbers) -> Terms:
+def _grouped(
+    sizes: Sizes, facts: FormFacts, machine: Machine, chunks: Numbers, products: float
+) -> Terms:
     b, m, k, n = sizes
     tokens, bits = (k, m) if facts.kind == "kv" else (m, k)
     largest = 4 + 2 * (tokens >= _LONG_TOKENS)
@@ -273,9 +283,9 @@ def _grouped(sizes: Sizes, facts: FormFacts, machine: Machine, chunks: Numbers) 
         "codes": b * tokens * _ceil(bits, _LANES) * share,
         "row_bytes": b * tokens * groups * n * 4 * share,
         "additions": additions,
-        "additions_l2": additions * _beyond(held, L1_BYTES),
+        "additions_l2": additions * _beyond_first(held),
         "buckets": buckets,
-        "buckets_l2": buckets * _beyond(held, L1_BYTES),
+        "buckets_l2": buckets * _beyond_first(products * held),
         "chunk_sums": b * (chunks - 1) * bits * vectors,
     } | _values_streamed(sizes, facts, machine)
 
