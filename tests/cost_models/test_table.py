@@ -12,8 +12,10 @@ from cost_models.latency_table import LatencyTable
 from cost_models.shipped_rows import rows_path, rows_to_bytes, shipped_rows
 from cost_models.shipped_tables import FOLDER, SHIPPED, shipped_for, shipped_path, table_name
 from cost_models.table import app, schema, to_csv
+from cost_models.training_rows import at_full_clock
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
+from profiler.store import full_clock
 
 runner = CliRunner()
 
@@ -147,8 +149,10 @@ def test_what_ships_is_named_after_its_device_and_can_be_fitted_again(name, fing
     assert table.device.fingerprint == fingerprint
     assert table_name(table.device) == name and shipped_for(table.device) == name
     assert shipped_path(name).stat().st_size <= 2**20
-    rows = {(r.workload, r.lowering): r.latency_ms for r in shipped_rows(name) if r.latency_ms}
-    assert all(rows[e.workload, e.lowering] == e.latency_ms for e in table.entries)
+    rows = [row for row in shipped_rows(name) if row.kind == "primitive" and row.latency_ms]
+    full = full_clock(rows)
+    known = {(r.workload, r.lowering): at_full_clock(r, full).latency_ms for r in rows}
+    assert all(known[e.workload, e.lowering] == e.latency_ms for e in table.entries)
 
 
 @pytest.mark.parametrize(
