@@ -64,10 +64,10 @@ def test_one_interrupt_is_no_neighbour():
 def test_a_few_fast_looks_are_not_all_of_a_core(seed, shared):
     """Of a clock that is high for a moment, however long one looks; nor are many slow ones."""
     generator = np.random.default_rng(seed)
-    lengths = _Lengths()
-    for _ in range(2000):
-        kind = generator.uniform()
-        factor = 0.85 if kind < 0.02 else 1.5 if kind < 0.02 + shared else 1.0
+    lengths, looks = _Lengths(), 2000
+    fast, slow = looks // 50, int(looks * shared)
+    factors = [0.85] * fast + [1.5] * slow + [1.0] * (looks - fast - slow)
+    for factor in generator.permutation(factors):
         lengths.note(2e-6 * factor * generator.uniform(1.0, 1.02))
     assert lengths.shortest_s == pytest.approx(2e-6, rel=0.03)
 
