@@ -70,6 +70,7 @@ def test_units_are_kept_and_only_missing_ones_are_made(folder, quick, monkeypatc
     moe = rows["moe_expected"]
     assert moe.shift_share == pytest.approx(moe.shares["blocks.0.mlp"]["shift"])
     assert moe.latency_budget_ms is not None and moe.expected_latency_ms > 0
+    assert (folder / "ablation" / "calibration_moe_expected.json").is_file()
     assert moe.weight_bytes < rows["original"].weight_bytes
     unit = AblationUnit.load(folder / "ablation" / "moe_expected-seed0.json")
     assert 100 * sum(unit.correct) / len(unit.correct) == pytest.approx(moe.deployed_top1)
