@@ -16,7 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
-from profiler.samples import CLOCK_RATE, FEWEST_BURSTS, Timing, TimingSettings, median_interval
+from profiler.samples import CLOCK_RATE, FEWEST_BURSTS, Timing, TimingSettings, timing_of
 
 # Names in ``Timing.details``: how many passes a figure is of, and how far their medians lie apart,
 # the largest over the least, less 1.
@@ -70,22 +70,11 @@ def _together(parts: Sequence[Timing]) -> Timing:
     if len(medians) < 2:
         return replace(chosen[-1], details=details)
     details[PASS_SPREAD] = round(max(medians) / min(medians) - 1, 4)
-    kept = np.concatenate([part.samples_ms for part in chosen])
-    bursts = tuple(chain.from_iterable(part.bursts_ms for part in chosen))
-    known = [median for median in bursts if median is not None]
-    low, high = zip(median_interval(kept), median_interval(known))
-    p10, median, p90 = (float(value) for value in np.percentile(kept, (10, 50, 90)))
     unsure = [part.stop_reason for part in chosen if part.stop_reason != "precision"]
-    return Timing(
-        latency_ms=median,
-        latency_low_ms=min(low),
-        latency_high_ms=max(high),
-        latency_p10_ms=p10,
-        latency_p90_ms=p90,
-        samples_kept=sum(part.samples_kept for part in chosen),
+    return timing_of(
+        np.concatenate([part.samples_ms for part in chosen]),
+        tuple(chain.from_iterable(part.bursts_ms for part in chosen)),
         samples_discarded=sum(part.samples_discarded for part in chosen),
         stop_reason=unsure[0] if unsure else "precision",
-        bursts_ms=bursts,
-        samples_ms=tuple(kept.tolist()),
         details=details,
     )

@@ -124,7 +124,8 @@ class Timing:
             ended so; ``waiting_share`` of the sampling time; ``others_share``, CPU time of other
             processes over that of all CPUs; where somebody looked, ``own_core``, whether the
             figures are of samples that no neighbour shared the core with, and ``own_core_share`` of
-            them among all; the CPU's mean clock; and what a GPU's adds. Not a column.
+            them among all; the CPU's mean clock; what a GPU's clock adds; and of how many passes
+            the figures are (``profiler.passes``). Not a column.
         on_shared_core: Whether there were too few samples without such a neighbour.
     """
 
@@ -281,12 +282,6 @@ def summarise(
     ``rounds_min`` bursts have others; else there are figures all the same, and ``own_core`` says
     that they may be of a slower core.
 
-    The interval is the wider of two order-statistic intervals: over the samples, and over the
-    bursts' medians. Samples of one burst share clocks, cache contents and placement, so the first
-    alone is far too narrow; bursts lie a round apart and count as independent. Stopping as soon
-    as the interval is narrow makes its coverage somewhat less than 95 %; ``rounds_min`` bounds
-    that.
-
     Raises:
         ValueError: If there are no bursts.
     """
@@ -338,7 +333,31 @@ def summarise(
     if has_own_core:
         kept = np.concatenate(undisturbed := _kept_samples(bursts, own))
         medians = _medians(undisturbed)
-        known = [median for median in medians if median is not None]
+    return timing_of(
+        kept,
+        medians,
+        samples_discarded=taken - kept.size,
+        stop_reason=stop_reason,
+        rounds_ms=rounds_ms,
+        details=details,
+    )
+
+
+def timing_of(kept: np.ndarray, bursts_ms: tuple[float | None, ...], **facts: Any) -> Timing:
+    """Median, percentiles and interval of the samples that were kept.
+
+    The interval is the wider of two order-statistic intervals: over the samples, and over the
+    bursts' medians. Samples of one burst share clocks, cache contents and placement, so the first
+    alone is far too narrow; bursts lie a round apart and count as independent. Stopping as soon
+    as the interval is narrow makes its coverage somewhat less than 95 %; ``rounds_min`` bounds
+    that.
+
+    Args:
+        kept: Per launch, ``(samples,)``.
+        bursts_ms: Their medians by burst, None where none was kept.
+        facts: The other fields of the Timing.
+    """
+    known = [median for median in bursts_ms if median is not None]
     low, high = zip(median_interval(kept), median_interval(known))
     p10, median, p90 = (float(value) for value in np.percentile(kept, (10, 50, 90)))
     return Timing(
@@ -348,10 +367,7 @@ def summarise(
         latency_p10_ms=p10,
         latency_p90_ms=p90,
         samples_kept=kept.size,
-        samples_discarded=taken - kept.size,
-        stop_reason=stop_reason,
-        bursts_ms=medians,
-        rounds_ms=rounds_ms,
         samples_ms=tuple(kept.tolist()),
-        details=details,
+        bursts_ms=bursts_ms,
+        **facts,
     )

@@ -51,7 +51,7 @@ from profiler.summary import (
 from profiler.sweep_config import SweepConfig
 from profiler.workers import one_each
 
-# Products between two passes of the same: a minute or two.
+# Products that are gone through between two passes over the same: a minute or two.
 _BLOCK = 30
 
 app = typer.Typer(add_completion=False)

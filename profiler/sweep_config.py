@@ -74,7 +74,7 @@ class SweepConfig(BaseModel):
         threads: CPU thread counts, each a device of its own; empty for all cores.
         cache: ``hot``, ``cold`` or both.
         timing: Name of a preset in ``profiler.samples.PRESETS``.
-        passes: How often each product is measured, some minutes apart, within the same time.
+        passes: How often each product is measured, a while apart, within the same time.
         energy: Measure the energy of every shape where the device has a meter, which takes some
             20 s a row; a shape's own ``energy`` asks for that one.
         baselines: Measure torch's kernels beside ours.

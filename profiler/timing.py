@@ -124,7 +124,9 @@ def measure_interleaved(
             name: _host_candidate(launch, settings, clock, synchronise, flush)
             for name, launch in launches.items()
         }
-        counters = replace(contamination or host_contamination(), clock_rate=clock_rate)
+        counters = contamination or host_contamination()
+        if clock_rate:
+            counters = replace(counters, clock_rate=clock_rate)
         return interleave(candidates, settings, clock, counters)
 
 

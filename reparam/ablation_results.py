@@ -38,8 +38,8 @@ class AblationRow(BaseModel):
         shares: By MoE layer, the share of the test tokens of each expert.
         shift_share: Mean over the MoE layers of the share on shift experts; None without any.
         latency_budget_ms: What the routers were asked to keep to; None where nothing.
-        expected_latency_ms: By the latency table, of the model or of its kernels as the budget, at
-            the dispatch of the test images; None without a latency curve.
+        expected_latency_ms: By the curves that the budget was set by, at the dispatch of the test
+            images; None without a latency curve.
         seconds: Training of this stage.
     """
 

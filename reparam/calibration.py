@@ -37,7 +37,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # What is thought of a figure before it is measured, as standard deviations: of a timing, of the
 # table's difference between two dispatches, and of what a model takes more where both experts work.
 _NOISE, _DOUBT, _BOTH = 0.01, 0.3, 0.05
-# What both take more is there in full from this share of the tokens on, and measured from 0.1 on.
+# What both take more was seen in full at all of 10 to 90 % of the tokens; below it is made to rise,
+# lest the first token of an expert bear all of it.
 _FULL_FROM = 0.1
 
 
@@ -92,11 +93,10 @@ def calibrate(
         console: Where to say what was found.
         settings: How precisely.
     """
-    has_budget = variant.latency_budget_ms or variant.latency_budget_share is not None
     here = table.device.fingerprint == cpu_info(recipe.threads).fingerprint
     in_twos = all(len(layer.experts) == 2 for _, layer in moe_layers(model))
     known = calibration_of(variant, recipe, table, folder)
-    if not (has_budget and here and in_twos) or known is not None:
+    if not (variant.has_budget and here and in_twos) or known is not None:
         return
     set_threads(recipe.threads)
     deployed, plans = deploy(copy.deepcopy(model).cpu().eval()), {}

@@ -37,7 +37,7 @@ from reparam.results import FinetuneResults, Interval
 from reparam.stages import (
     Run,
     check_budget,
-    latency_objective,
+    expected_latency_curves,
     open_task,
     train_attention,
     train_original,
@@ -143,7 +143,7 @@ def check_conversions(
     set_expert_latencies_(next(models), table.lookup, example)
     for variant, model in zip(recipe.variants, models):
         set_expert_latencies_(model, table.lookup, example)
-        latency_objective(variant.without_budget, model, table, example)
+        expected_latency_curves(variant, model, table, example)
 
 
 def check_budgets(run: Run, original: nn.Module) -> None:
@@ -152,6 +152,8 @@ def check_budgets(run: Run, original: nn.Module) -> None:
     Raises:
         BadInput: If a budget is below what any dispatch takes.
     """
+    if not any(variant.has_budget for variant in run.recipe.variants):
+        return
     _, *models = _converted_copies(run.recipe, original)
     for variant, model in zip(run.recipe.variants, models):
         check_budget(run, variant, model)

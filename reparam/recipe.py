@@ -88,8 +88,9 @@ class Variant(_Strict):
         latency_loss: ``balance``: the paper's, at whose minimum all experts take equally long;
             ``expected``: the layers' latency at the dispatch of the moment.
         schedule: Whether experts run one after the other or at once, for the expected latency.
-        latency_budget_ms: Most that the model shall take by the latency table, or its kernels where
-            no models were measured for it; None to have the latency as low as it can be.
+        latency_budget_ms: Most that the model shall take on the CPU of the latency table; by the
+            table alone, or of its kernels alone where no models were measured for it, if that is
+            another device. None to have the latency as low as it can be.
         latency_budget_share: The same for a device not known yet: 0 is the fastest dispatch of
             that model, 1 the slowest.
     """
@@ -122,9 +123,9 @@ class Variant(_Strict):
         return self
 
     @property
-    def without_budget(self) -> Variant:
-        """The same, asked for as little latency as can be."""
-        return self.model_copy(update={"latency_budget_ms": None, "latency_budget_share": None})
+    def has_budget(self) -> bool:
+        """Whether its routers are to keep to a latency."""
+        return self.latency_budget_ms is not None or self.latency_budget_share is not None
 
 
 class Recipe(_Strict):

@@ -135,8 +135,9 @@ def train_variant(run: Run, variant: Variant, stage1: Candidate, teacher: nn.Mod
     device = next(model.parameters()).device
     example = run.example.to(device)
     latencies = set_expert_latencies_(model, run.table.lookup, example)
+    curves = expected_latency_curves(variant, model, run.table, example)
     calibration = calibration_of(variant, run.recipe, run.table, run.calibrations)
-    objective = latency_objective(variant, model, run.table, example, calibration)
+    objective = latency_objective(variant, curves, calibration)
     # Only the loss depends on the table: without it, another table changes nothing.
     driven_by = {"variant": variant.model_dump_json()}
     if objective is not None:
@@ -157,41 +158,51 @@ def train_variant(run: Run, variant: Variant, stage1: Candidate, teacher: nn.Mod
     )
 
 
-def latency_objective(
-    variant: Variant,
-    model: nn.Module,
-    table: LatencyTable,
-    example: Tensor,
-    calibration: Calibration | None = None,
-) -> LatencyObjective | None:
-    """What a variant asks of its routers.
+def expected_latency_curves(
+    variant: Variant, model: nn.Module, table: LatencyTable, example: Tensor
+) -> ModelCurves | None:
+    """What a table says of a variant's latency; None where its loss does not ask.
 
     Args:
         variant: Of a recipe.
         model: Converted as the variant says.
-        table: For the curves of the expected latency.
+        table: What it can answer for.
         example: Input at the deployed batch, where the model is.
-        calibration: What the model was seen to take; None for what the table says.
 
     Raises:
         TableError: If the table cannot answer for an expert.
-        BadInput: If the budget is below what any dispatch takes.
     """
-    if not variant.latency_loss_weight:
+    if not variant.latency_loss_weight or variant.latency_loss == "balance":
         return None
-    if variant.latency_loss == "balance":
-        return LatencyObjective(variant.latency_loss_weight)
-    curves = latency_curves(
+    return latency_curves(
         model,
         table.lookup,
         example,
         variant.schedule,
         overhead=table.overhead("layer", "deployed"),
         whole=table.overhead("model", "deployed"),
-    )
+    ).to(example.device)
+
+
+def latency_objective(
+    variant: Variant, curves: ModelCurves | None, calibration: Calibration | None
+) -> LatencyObjective | None:
+    """What a variant asks of its routers.
+
+    Args:
+        variant: Of a recipe.
+        curves: Of ``expected_latency_curves``.
+        calibration: What the model was seen to take; None for what the table says.
+
+    Raises:
+        BadInput: If the budget is below what any dispatch takes.
+    """
+    if not variant.latency_loss_weight:
+        return None
+    if curves is None:
+        return LatencyObjective(variant.latency_loss_weight)
     if calibration is not None:
         curves = stretched(curves, calibration)
-    curves = curves.to(example.device)
     low_ms, high_ms = curves.bounds_ms
     budget_ms = variant.latency_budget_ms
     if variant.latency_budget_share is not None:
@@ -216,10 +227,10 @@ def check_budget(run: Run, variant: Variant, model: nn.Module) -> None:
         TableError: If the table cannot answer for an expert.
         BadInput: If the budget is below what any dispatch takes.
     """
-    latency_objective(variant.without_budget, model, run.table, run.example)
+    curves = expected_latency_curves(variant, model, run.table, run.example)
     calibrate(variant, model, run.recipe, run.table, run.example, run.calibrations, run.console)
     calibration = calibration_of(variant, run.recipe, run.table, run.calibrations)
-    latency_objective(variant, model, run.table, run.example, calibration)
+    latency_objective(variant, curves, calibration)
 
 
 def _written(curves: ModelCurves) -> str:

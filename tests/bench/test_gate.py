@@ -93,7 +93,7 @@ def test_a_noisy_case_is_measured_longer_whatever_the_head_does(noise, jobs):
 
 
 @given(st.floats(0.6, 1.6), st.floats(0.001, 0.2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_swapping_the_sides_never_makes_both_slower(factor, threshold):
     base, head = level(), level(factor, noise=0.05, seed=1)
     found = [verdict(base, head, threshold=threshold), verdict(head, base, threshold=threshold)]

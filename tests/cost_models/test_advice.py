@@ -215,7 +215,7 @@ def cost(latency_ms, source="predicted", wide=1.05):
 
 
 @given(st.integers(2, 2**16), st.floats(0.1, 0.9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_break_even_is_where_the_latencies_cross(tokens, rate):
     """A launch that costs more, and a rate that is better, cross at one count."""
     overhead = (1 - rate) * (tokens - 0.5)

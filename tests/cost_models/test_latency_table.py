@@ -122,7 +122,7 @@ def test_only_baselines(table):
 
 
 @given(st.sampled_from([(64, 512), (320, 1280)]), st.integers(49, 1500))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_twice_the_tokens_take_longer(table, shape, m):
     one, two = (table.lookup(linear("shift_int8", t, *shape), "shift.tiled") for t in (m, 2 * m))
     assert two.latency_ms > one.latency_ms
@@ -164,9 +164,7 @@ JUNK = st.one_of(
 
 
 @given(st.data())
-@settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_malformed_table_gives_a_traceback(valid_text, tmp_path, data):
     content = json.loads(valid_text)
     at = data.draw(st.sampled_from([p for p in paths(content) if p]))

@@ -50,7 +50,7 @@ def test_another_chip_is_never_given_this_machines_amx():
 
 @needs_amx
 @pytest.mark.parametrize(("name", "form"), AMX.items())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(m=st.integers(1, 300), k=st.integers(1, 200), n=st.sampled_from([5, 32, 70]))
 def test_any_size_matches_the_oracle(name, form, m, k, n):
     # Few families, since each is compiled.

@@ -165,7 +165,7 @@ def test_the_bound_catches_a_single_wrong_code():
 
 
 @given(tokens=st.integers(0, 80))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_one_kernel_serves_any_number_of_tokens(tokens):
     for form in LINEAR:
         kernel = build(linear(form, 14, 37, 33))

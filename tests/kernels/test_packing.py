@@ -16,7 +16,7 @@ def _normal(seed, *shape):
 
 
 @given(small, small, st.sampled_from([1, 4]), seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_panels_round_trip(n, k, group, seed):
     w = _normal(seed, n, k)
     panels = packing.pack_panels(w, group)
@@ -26,7 +26,7 @@ def test_panels_round_trip(n, k, group, seed):
 
 
 @given(st.integers(1, 40), seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bits_round_trip_as_numpy_packs_them(bits, seed):
     codes = _normal(seed, 3, bits) > 0
     packed = packing.pack_bits(codes)
@@ -44,7 +44,7 @@ def test_bytes_are_sign_and_exponent_of_fp32(sign, exponent):
 
 
 @given(st.integers(1, 4), seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_nibbles_round_trip_zeros_of_padding_included(runs, seed):
     generator = torch.Generator().manual_seed(seed)
     power = torch.randint(0, 7, (3, 64 * runs), generator=generator)
@@ -56,7 +56,7 @@ def test_nibbles_round_trip_zeros_of_padding_included(runs, seed):
 
 
 @given(small, small, seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_power_of_two_rounding_stays_within_its_range_and_a_factor_of_root_two(n, k, seed):
     weight = _normal(seed, n, k)
     values, scale = packing.nearest_pow2(weight, -6, 0)
@@ -71,7 +71,7 @@ def test_power_of_two_rounding_stays_within_its_range_and_a_factor_of_root_two(n
 
 
 @given(small, small, seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_row_quantisation_is_within_half_a_step_and_uses_the_whole_range(m, k, seed):
     x = _normal(seed, m, k)
     codes, scale = packing.quantise_rows(x)

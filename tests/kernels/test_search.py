@@ -109,7 +109,7 @@ def test_nothing_to_choose_is_the_default():
 
 
 @given(st.integers(0, 2**32), st.lists(st.floats(0.1, 10), min_size=22, max_size=22))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_deterministic_by_seed_and_never_slower_than_the_default(seed, figures):
     def latency_ms(rows, outer):
         return figures[2 * (rows - 4) + outer]

@@ -140,7 +140,7 @@ def test_the_more_rows_the_surer_each_has_to_be():
 
 
 @given(st.floats(0.7, 1.4), st.floats(0, 0.1), st.floats(0, 0.1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_swapping_the_runs_swaps_the_verdict(factor, old_noise, new_noise):
     old = [row(1.0, old_noise), *controls()]
     new = [row(factor, new_noise), *controls(1.02)]

@@ -26,7 +26,7 @@ def nothing(number: int) -> None:
     above_w=st.floats(50, 600),
     update_s=st.floats(0.02, 0.1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_stepping_counter_yields_the_true_joules(launch_s, idle_w, above_w, update_s):
     gpu = SimulatedGpu(launch_s, idle_w, idle_w + above_w, (update_s, update_s))
     reading = gpu.measure(how=EnergySettings(windows=3, window_s=5.0, idle_s=2.0))
@@ -182,7 +182,7 @@ def test_windows_say_how_well_they_repeat():
 
 
 @given(step_s=st.sampled_from([0.01, 0.1, 1.0]), windows=st.integers(1, 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_time_it_takes_is_told_beforehand(step_s, windows):
     gpu = SimulatedGpu(update_s=(step_s * 0.9, step_s))
     meter = NvmlCounterMeter(gpu)

@@ -107,7 +107,7 @@ def test_rapl_adds_up_packages_and_nothing_twice(tmp_path):
     steps=st.lists(st.floats(0, 0.9), min_size=1, max_size=20),
     start=st.floats(0, 0.99),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rapl_wraps_around(tmp_path_factory, wrap_uj, steps, start):
     powercap = tmp_path_factory.mktemp("powercap")
     true_uj = int(start * wrap_uj)

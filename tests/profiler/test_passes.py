@@ -30,17 +30,6 @@ def timing(level, rounds=8, own=True, clock=None, jitter=0.01, seed=0):
     )
 
 
-CONTENDED = Timing(
-    latency_ms=None,
-    samples_kept=0,
-    samples_discarded=9,
-    stop_reason="contended",
-    reason="contended: a neighbour",
-    rounds_ms=(None,) * 3,
-    details={"own_core": False},
-)
-
-
 def test_one_slow_pass_of_three_does_not_move_the_figure():
     levels = (1.0, 1.4, 1.02)
     found = pool([{"a": timing(level, seed=i)} for i, level in enumerate(levels)])["a"]
@@ -65,21 +54,21 @@ def test_the_interval_says_that_passes_differ():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("worse", [CONTENDED, timing(1.5, own=False)])
-def test_a_worse_pass_does_not_count_where_there_is_a_better_one(order, worse):
-    parts = [timing(1.0), worse]
+@pytest.mark.parametrize("shared", [None, timing(1.5, own=False)])
+def test_a_worse_pass_does_not_count_where_there_is_a_better_one(order, shared, contended):
+    parts = [timing(1.0), shared or contended]
     found = pool([{"a": parts[i]} for i in order])["a"]
     assert found.latency_ms == timing(1.0).latency_ms and not found.on_shared_core
     assert found.details[PASSES] == 1 and PASS_SPREAD not in found.details
 
 
-def test_without_any_figure_the_reason_stays():
-    found = pool([{"a": CONTENDED}, {"a": CONTENDED}])["a"]
+def test_without_any_figure_the_reason_stays(contended):
+    found = pool([{"a": contended}, {"a": contended}])["a"]
     assert found.latency_ms is None and found.reason == "contended: a neighbour"
 
 
-def test_a_shared_core_is_better_than_none():
-    found = pool([{"a": CONTENDED}, {"a": timing(1.5, own=False)}])["a"]
+def test_a_shared_core_is_better_than_none(contended):
+    found = pool([{"a": contended}, {"a": timing(1.5, own=False)}])["a"]
     assert found.on_shared_core and found.latency_ms == pytest.approx(1.5, abs=0.03)
 
 

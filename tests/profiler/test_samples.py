@@ -138,7 +138,7 @@ def test_no_noise_floor_from_a_contended_pair():
 
 
 @given(st.floats(0.9, 1.1), st.floats(1e-4, 0.02))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_noise_floor_covers_what_it_was_measured_from(offset, noise):
     random = np.random.default_rng(2)
     first = summarise(bursts_of(random.normal(1.0, noise, size=(10, 5))), SETTINGS)

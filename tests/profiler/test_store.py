@@ -121,7 +121,7 @@ def store(tmp_path):
     opened.close()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(written=measurements())
 def test_every_field_comes_back(written):
     # In memory: each example starts from an empty store.

@@ -3,6 +3,7 @@ from rich.console import Console
 
 from kernels.workload import attention, linear
 from profiler.device import DeviceInfo
+from profiler.passes import PASS_SPREAD
 from profiler.roofline import roofline_share
 from profiler.store import Measurement
 from profiler.summary import (
@@ -11,6 +12,7 @@ from profiler.summary import (
     headlines,
     noise_line,
     overhead_lines,
+    pass_lines,
     problems,
     shared_lines,
     summary_table,
@@ -129,6 +131,16 @@ def test_figures_of_a_shared_core_are_counted():
     rows[0] = rows[0].model_copy(update={"details": {"own_core": False}})
     (line,) = shared_lines(rows)
     assert line.startswith(f"1 of {len(rows)} figures")
+
+
+def test_it_is_said_how_far_passes_lie_apart():
+    rows = [_row(linear("mult_fp32", m, 16, 32), "mult.panels", 1.0) for m in range(1, 12)]
+    assert pass_lines(rows) == []
+    apart = [
+        row.model_copy(update={"details": {PASS_SPREAD: i / 100}}) for i, row in enumerate(rows)
+    ]
+    (line,) = pass_lines(apart)
+    assert "half of the rows within 5.0%, 90 % 9.0%" in line
 
 
 def test_launch_overheads_are_told_apart():

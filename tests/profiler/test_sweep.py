@@ -17,7 +17,7 @@ from profiler.device import DeviceInfo
 from profiler.energy import EnergyReading
 from profiler.model_workloads import ModelError
 from profiler.passes import PASS_SPREAD, PASSES
-from profiler.samples import CLOCK_RATE, PRESETS, Timing, TimingSettings
+from profiler.samples import CLOCK_RATE, PRESETS, TimingSettings
 from profiler.settings import settings_for
 from profiler.store import create_store, open_store
 from profiler.sweep_config import SweepConfig
@@ -312,14 +312,7 @@ def test_a_figure_is_of_the_pass_with_a_core_of_its_own(shared, alone, three_pro
     assert {row.details[PASSES] for row in rows.values()} == ({1, 2} if len(alone) == 3 else {2})
 
 
-def test_a_figure_is_never_given_up_for_none(three_products):
-    contended = Timing(
-        latency_ms=None,
-        samples_kept=0,
-        samples_discarded=9,
-        stop_reason="contended",
-        reason="contended: a neighbour",
-    )
+def test_a_figure_is_never_given_up_for_none(three_products, contended):
     rows, times = three_products(lambda number, timing: contended if number > 2 else timing)
     assert times == 6 and all(row.status == "ok" for row in rows.values())
 

@@ -12,7 +12,7 @@ SETTINGS = TimingSettings(rounds_min=6, max_time_s=0.5)
 
 
 @given(st.floats(2e-6, 5e-2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_neither_resolution_nor_gaps_show_in_the_figure(cost_s):
     """A graph's launch takes 20 µs on the host: without a lead it would be in each sample."""
     stream = SimulatedStream()

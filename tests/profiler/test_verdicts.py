@@ -50,7 +50,7 @@ def test_a_threshold_has_to_be_above_zero():
 
 
 @given(bursts, bursts, st.floats(0.001, 0.5), st.floats(0, 0.5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_swapping_separate_runs_swaps_the_verdict(a, b, threshold, floor):
     there, back = separate_effect(a, b), separate_effect(b, a)
     assert back.ratio == pytest.approx(1 / there.ratio)
@@ -63,7 +63,7 @@ def test_swapping_separate_runs_swaps_the_verdict(a, b, threshold, floor):
 
 
 @given(st.composite(turns)())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_swapping_paired_sides_inverts_the_effect(sides):
     a, b = sides
     there, back = paired_effect(a, b), paired_effect(b, a)
@@ -73,7 +73,6 @@ def test_swapping_paired_sides_inverts_the_effect(sides):
 
 
 @given(bursts)
-@settings(deadline=None)
 def test_a_series_does_not_differ_from_itself(a):
     for effect in (separate_effect(a, a), paired_effect(a, a)):
         assert effect.ratio == pytest.approx(1.0)

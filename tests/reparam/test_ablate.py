@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -70,7 +71,10 @@ def test_units_are_kept_and_only_missing_ones_are_made(folder, quick, monkeypatc
     moe = rows["moe_expected"]
     assert moe.shift_share == pytest.approx(moe.shares["blocks.0.mlp"]["shift"])
     assert moe.latency_budget_ms is not None and moe.expected_latency_ms > 0
-    assert (folder / "ablation" / "calibration_moe_expected.json").is_file()
+    # The table's figures are made up, the budget is of what the deployed model was seen to take.
+    seen = json.loads((folder / "ablation" / "calibration_moe_expected.json").read_text())
+    if seen["latency_ms"]:
+        assert moe.latency_budget_ms == pytest.approx(fmean(seen["latency_ms"]), rel=0.3)
     assert moe.weight_bytes < rows["original"].weight_bytes
     unit = AblationUnit.load(folder / "ablation" / "moe_expected-seed0.json")
     assert 100 * sum(unit.correct) / len(unit.correct) == pytest.approx(moe.deployed_top1)

@@ -47,7 +47,7 @@ def naive(attention, x):
 
 
 @torch.no_grad()
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     b=st.integers(1, 3),
     tokens=st.integers(1, 13),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_finetune import TINY, table_of
 
+from kernels import expert_ops
 from kernels.workload import linear
 from profiler.command_line import BadInput
 from profiler.device import cpu_info
@@ -18,9 +21,11 @@ from profiler.samples import Timing
 from reparam import calibration as room
 from reparam.calibration import SHARES, Calibration, calibrate, calibration_of, stretched
 from reparam.convert import reparameterize_
+from reparam.deployed_mlps import DeployedMoE
 from reparam.latency_curves import LayerCurves, ModelCurves, token_grid
+from reparam.one_pass import watched
 from reparam.recipe import Variant, create_model, load_recipe
-from reparam.stages import latency_objective
+from reparam.stages import expected_latency_curves, latency_objective
 
 TOKENS = torch.tensor([[0.0, 1, 10, 100]] * 2)
 TRUE_SHARES = np.linspace(0.1, 0.9, 9)
@@ -40,11 +45,14 @@ def at(curves, share):
     ).item()
 
 
+FIGURE = Timing(latency_ms=1.0, samples_kept=9, samples_discarded=0, stop_reason="precision")
+
+
 def took(measured):
     return Calibration(identity={}, shares=SHARES, latency_ms=tuple(map(float, measured)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rest=st.floats(1, 10),
     speed=st.floats(0.8, 1.3),
@@ -136,6 +144,34 @@ def test_what_was_measured_is_kept_and_not_measured_again(tiny, tmp_path, monkey
     assert calibrated(tiny, tmp_path) == found
 
 
+def test_each_figure_is_of_a_deployed_model_with_that_share_on_its_last_expert(
+    tiny, tmp_path, monkeypatch
+):
+    """What stands for the clock counts the tokens that went to the last expert."""
+
+    def counted(plans, example, settings):
+        found = {}
+        for name, plan in plans.items():
+            plan(example)
+            found[name] = replace(FIGURE, latency_ms=1.0 + shares.pop(0))
+        return found
+
+    def noted(model, share, *inputs):
+        force(model, share, *inputs)
+        layer = next(part for part in model.modules() if isinstance(part, DeployedMoE))
+        tokens = []
+        with watched({layer: lambda part, args, kwargs: tokens.append(args[0].flatten(0, -2))}):
+            model(*inputs)
+        _, _, counts = expert_ops.route(tokens[0], layer.norm, layer.gate, layer.gate_bias)
+        shares.append(float(counts[-1] / counts.sum()))
+
+    shares, force = [], room.force_share_
+    monkeypatch.setattr(room, "force_share_", noted)
+    monkeypatch.setattr(room, "measure_latencies", counted)
+    found = calibrated(tiny, tmp_path)
+    assert found.latency_ms == pytest.approx([1 + share for share in SHARES], abs=0.02)
+
+
 def test_another_variant_is_measured_anew(tiny, tmp_path):
     calibrated(tiny, tmp_path)
     other = VARIANT.model_copy(update={"latency_budget_share": 0.7})
@@ -145,16 +181,9 @@ def test_another_variant_is_measured_anew(tiny, tmp_path):
 
 
 def test_what_could_not_be_measured_is_not_tried_again_and_leaves_the_table(
-    tiny, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch, contended
 ):
     """Else a run that is taken up again would go on with other curves."""
-    contended = Timing(
-        latency_ms=None,
-        samples_kept=0,
-        samples_discarded=9,
-        stop_reason="contended",
-        reason="contended: a neighbour",
-    )
     monkeypatch.setattr(
         room, "measure_latencies", lambda plans, *_: dict.fromkeys(plans, contended)
     )
@@ -193,7 +222,8 @@ def test_a_budget_lies_between_the_latencies_that_were_measured(tiny, tmp_path):
     _, model, table, example = tiny
     measured = tuple(np.linspace(40.0, 20.0, 5).tolist())
     seen = Calibration(identity={}, shares=SHARES, latency_ms=measured)
-    by_table = latency_objective(VARIANT, model, table, example)
-    objective = latency_objective(VARIANT, model, table, example, seen)
+    curves = expected_latency_curves(VARIANT, model, table, example)
+    by_table = latency_objective(VARIANT, curves, None)
+    objective = latency_objective(VARIANT, curves, seen)
     assert objective.budget_ms == pytest.approx(30.0, rel=0.35)
     assert abs(by_table.budget_ms - 30.0) > 15

@@ -23,7 +23,7 @@ def collect(data, split, training=False):
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(counts=st.lists(st.integers(20, 60), min_size=2, max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_split_is_disjoint_whole_and_stratified(counts, seed):
     labels = np.repeat(np.arange(len(counts)), counts)

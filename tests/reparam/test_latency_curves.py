@@ -43,7 +43,7 @@ def curves_of(schedule="sequential", ask=lookup):
     return latency_curves(make_model(), ask, torch.randn(3, 3, 32, 32), schedule)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=st.integers(1, 100_000), points=st.integers(3, 40))
 def test_grid_rises_from_none_to_all(tokens, points):
     grid = token_grid(tokens, points)
@@ -69,7 +69,7 @@ def test_curves_run_through_what_the_table_says():
     assert curves.rest_ms == pytest.approx(2 * (router + 2 * (0.1 + 0.001 * tokens) + attention))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     latencies=st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
     shares=st.lists(st.floats(0, 1), min_size=2, max_size=2),

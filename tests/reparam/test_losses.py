@@ -33,7 +33,7 @@ def test_squared_cv_is_variance_over_squared_mean():
     assert squared_cv(torch.full((4,), 7.0)).item() == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(latencies=st.lists(positive, min_size=2, max_size=5), factor=positive)
 def test_loss_vanishes_exactly_at_the_optimal_share(latencies, factor):
     latency = torch.tensor(latencies)

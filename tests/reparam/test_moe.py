@@ -28,7 +28,7 @@ def send_to(moe, expert):
         moe.router.gate.bias[expert] = 2.0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shape=st.lists(st.integers(1, 5), max_size=3), seed=st.integers(0, 99))
 def test_each_token_gets_its_experts_output_times_its_probability(shape, seed):
     moe = make_moe(seed=seed)

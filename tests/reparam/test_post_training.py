@@ -22,7 +22,7 @@ def model_of(linear):
     return model.eval()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     n=st.integers(1, 9),
     k=st.integers(1, 20),

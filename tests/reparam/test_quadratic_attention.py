@@ -15,7 +15,7 @@ from reparam.quadratic_attention import CodeScores, QuadraticCore
 
 
 @torch.no_grad()
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     queries=st.integers(1, 6),
     keys=st.integers(1, 7),

@@ -38,7 +38,7 @@ def oracle(parameters, x):
     return (x.double().numpy() @ w.T) * scale + bias
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     m=st.integers(1, 9),
     k=st.integers(1, 40),
