@@ -123,19 +123,19 @@ class _Process:
     Attributes:
         columns, scales: Of FEATURES, and the length scale of each.
         points: Training shapes.
-        factor: Inverse of the Cholesky factor of their covariance.
-        weights: What the covariances with the training shapes are multiplied by for the mean.
+        weights: What the correlations with the training shapes are multiplied by for the mean.
+        factor: Variance times the inverse of the Cholesky factor of their covariance, for
+            correlations as well. In single precision: the variance that it explains is an
+            interval's, and reading the matrix is most of a lookup.
         distances: ``distances @ (1, x · x, x)`` are five times the squared distances of a point.
-        answers: ``factor`` and ``weights`` below it, for correlations instead of covariances.
     """
 
     columns: NDArray[np.int64]
     scales: NDArray[np.float64]
     points: NDArray[np.float64]
-    factor: NDArray[np.float64]
     weights: NDArray[np.float64]
+    factor: NDArray[np.float32]
     distances: NDArray[np.float64]
-    answers: NDArray[np.float64]
 
 
 def matern52(squared: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -255,8 +255,8 @@ class FittedModel(BaseModel):
         with np.errstate(over="ignore", invalid="ignore"):
             norms = (points**2).sum(axis=1)[:, None]
             distances = 5 * np.hstack((norms, np.ones_like(norms), -2 * points))
-            answers = self.variance * np.vstack((factor, weights))
-        return _Process(columns, scales, points, factor, weights, distances, answers)
+            weights, factor = self.variance * weights, (self.variance * factor).astype(np.float32)
+        return _Process(columns, scales, points, weights, factor, distances)
 
     def predict(self, workload: Workload) -> Prediction:
         """Median and 90 % interval; wider by WIDEN_PER_OCTAVE for each octave outside the hull.
@@ -294,9 +294,9 @@ class FittedModel(BaseModel):
         squared += 1
         np.negative(distance, out=distance)
         squared *= np.exp(distance, out=distance)
-        answers = process.answers @ squared
-        explained = answers[:-1]
-        return float(answers[-1]), max(0.0, self.variance - float(explained @ explained))
+        explained = process.factor @ squared.astype(np.float32)
+        left = max(0.0, self.variance - float(explained @ explained))
+        return float(process.weights @ squared), left
 
     def predict_many(self, workloads: Sequence[Workload] | Sizes) -> Predictions:
         """What ``predict`` says of each, without a loop: a sweep of shapes, or arrays of sizes."""
@@ -309,9 +309,9 @@ class FittedModel(BaseModel):
             for start in range(0, rows, _BLOCK):
                 block = slice(start, start + _BLOCK)
                 squared = squared_distances(points[block], process.points)
-                covariance = self.variance * matern52(squared)
-                explained = covariance @ process.factor.T
-                log_factor[block] = covariance @ process.weights
+                correlation = matern52(squared)
+                explained = correlation.astype(np.float32) @ process.factor.T
+                log_factor[block] = correlation @ process.weights
                 left = self.variance - np.einsum("ij,ij->i", explained, explained)
                 variance[block] += np.maximum(left, 0)
         latency_ms = self.core.latency_ms(sizes, facts) * np.exp(log_factor)
