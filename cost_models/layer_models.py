@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy.optimize import nnls
@@ -56,11 +57,8 @@ def kernel_ms(work: Work, lowering: str, table: LatencyTable) -> float:
     Raises:
         TableError: If the table cannot answer for one of them.
     """
-    kernel = KERNEL_OF[lowering]
-    return sum(
-        number * table.lookup(workload, kernel).latency_ms
-        for workload, number in work.products.items()
-    )
+    lookup = partial(table.lookup, lowering=KERNEL_OF[lowering])
+    return sum(number * found.latency_ms for number, found in work.kernels(lookup))
 
 
 def predict_left_out(

@@ -203,6 +203,10 @@ def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     weights = weight_bytes(sizes, facts)
     prepared = m * k * facts.x_dtype_bytes
     held = (weights / panels) + _least(prepared, k * facts.x_dtype_bytes * _AMX_BLOCK)
+    # What passes through the caches until a task needs the same weights again: all of them, its
+    # rows and its results.
+    rows = _least(m, machine.tile_rows)
+    passed = weights + rows * (k * (facts.x_bytes + facts.x_dtype_bytes) + n * facts.out_bytes)
     blocks = _ceil(m, _AMX_BLOCK) * panels * share
     steps = _ceil(k, round(_AMX_BYTES / facts.x_dtype_bytes))
     # Rows of a panel's results lie a whole row of the output apart: on pages of their own.
@@ -218,7 +222,7 @@ def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
         "blocks_l2": blocks * held * _beyond(held, L1_BYTES),
         "block_weights": _ceil(m, _AMX_BLOCK) * weights * share * _beyond(held, L1_BYTES),
         "pages": pages * share * _beyond(m * n * facts.out_bytes, machine.l2_bytes),
-        "weights_l3": row_tasks * weights * share * _beyond(weights, machine.l2_bytes),
+        "weights_l3": row_tasks * weights * share * _beyond(passed, machine.l2_bytes),
         "weights_memory": row_tasks * weights * _beyond(weights, machine.l3_bytes),
         "prepared": m * k * _busiest(m, units),
         "prepared_rows": m * _busiest(m, units),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from kernels.forms import FORMS
 from kernels.workload import Workload, WorkloadError
@@ -24,22 +24,72 @@ COUNTS: dict[str, str] = {
     "conv_macs": "of other convolutions",
     "attention_macs": "of softmax attentions",
     "weight_bytes": "of the weights in use: a whole model brings them from afar in each pass",
-    "far_weight_bytes": "of those of a layer, what a core's own cache does not keep between passes",
+    "far_weight_bytes": "of those of experts, what a core's own cache does not keep between passes",
+    "far_bytes": "of what passes through experts, what lies beyond a core's own cache",
+    "memory_bytes": "of what passes through experts, what lies beyond the last cache",
 }
 
-_PRODUCTS, _COUNT = "products", "count."
+_PRODUCTS, _EXPERTS, _COUNT = "products", "experts", "count."
 
 _OF_PYTHON = {"calls", "operators"}
-# Of x86 server cores of today, second level.
-_PRIVATE_CACHE_BYTES = 2**21
+# Of x86 server cores of today: where the second and the last level begin to miss what is used in
+# turns, and where they miss all of it.
+_PRIVATE_CACHE_BYTES = (2**19, 2**21)
+_LAST_LEVEL_BYTES = (2**25, 2**27)
+# Rows of a task of a kernel by AMX: its operands stay with the core, as an expert's do.
+_TASK_ROWS = 128
 
 
-def far_bytes(held: float) -> float:
-    """What a core's own cache misses of bytes that are read over and over.
+def far_counts(weights: float, passed: float) -> dict[str, float]:
+    """What a layer of experts brings from afar in each pass.
 
-    Nothing up to half of the cache, all from twice of it on.
+    Args:
+        weights: Bytes of those in use.
+        passed: Bytes that are read and written beside.
     """
-    return held * min(max(held / _PRIVATE_CACHE_BYTES - 0.5, 0.0) / 1.5, 1.0)
+    beyond_own = _missed(weights + passed, *_PRIVATE_CACHE_BYTES)
+    return {
+        "far_weight_bytes": weights * beyond_own,
+        "far_bytes": passed * beyond_own,
+        "memory_bytes": passed * _missed(passed, *_LAST_LEVEL_BYTES),
+    }
+
+
+def _missed(held: float, some: float, everything: float) -> float:
+    """Share of accesses that a cache misses: none up to ``some`` bytes, all from the others on."""
+    return min(max((held - some) / (everything - some), 0.0), 1.0)
+
+
+class Answer(Protocol):
+    """What a latency table says of a workload, see ``cost_models.latency_table.Estimate``."""
+
+    @property
+    def lowering(self) -> str:
+        """Whose kernel it is."""
+
+
+Found = TypeVar("Found", bound=Answer)
+Lookup = Callable[[Workload], Found]
+
+
+def expert_kernels(workload: Workload, lookup: Lookup[Found]) -> list[tuple[int, Found]]:
+    """Kernels that take as long as an expert's linear does, and how often each.
+
+    A few tokens at a time pass through all linears of an expert, so that what lies between them
+    stays in a core's caches. By AMX the products are so fast that this is most of what a kernel of
+    all tokens takes longer; kernels of one task's tokens, one after the other, are like it. By
+    vectors the kernel of all tokens is.
+
+    Args:
+        workload: The linear with the tokens that the expert gets.
+        lookup: ``LatencyTable.lookup``.
+    """
+    whole = lookup(workload)
+    if ".amx_" not in whole.lowering or workload.m <= _TASK_ROWS:
+        return [(1, whole)]
+    tasks, rest = divmod(workload.m, _TASK_ROWS)
+    found = [(tasks, lookup(workload.with_sizes(m=_TASK_ROWS)))]
+    return found + ([(1, lookup(workload.with_sizes(m=rest)))] if rest else [])
 
 
 class WorkError(ValueError):
@@ -53,17 +103,25 @@ class Work:
     Attributes:
         products: How often each product is computed, in its canonical form.
         counts: By name in COUNTS; what is absent is 0.
+        experts: Likewise the products of experts, all of which one kernel computes.
     """
 
     products: Mapping[Workload, int]
     counts: Mapping[str, float]
+    experts: Mapping[Workload, int] = field(default_factory=dict)
+
+    def kernels(self, lookup: Lookup[Found]) -> list[tuple[int, Found]]:
+        """What a latency table says of all products, and how often each is computed."""
+        found = [(number, lookup(workload)) for workload, number in self.products.items()]
+        for workload, number in self.experts.items():
+            found += [(number * n, one) for n, one in expert_kernels(workload, lookup)]
+        return found
 
     def details(self) -> dict[str, Any]:
         """As details of a store's row."""
-        products = ";".join(
-            f"{number}*{w.form}:{w.b}x{w.m}x{w.k}x{w.n}" for w, number in self.products.items()
-        )
-        return {_PRODUCTS: products} | {_COUNT + name: n for name, n in self.counts.items()}
+        experts = {_EXPERTS: _text(self.experts)} if self.experts else {}
+        counts = {_COUNT + name: number for name, number in self.counts.items()}
+        return {_PRODUCTS: _text(self.products)} | experts | counts
 
     @property
     def planned(self) -> Work:
@@ -72,7 +130,7 @@ class Work:
         What is left of a launch is part of each kernel's own latency.
         """
         beside = {n: count for n, count in self.counts.items() if n not in _OF_PYTHON}
-        return Work(self.products, beside)
+        return Work(self.products, beside, self.experts)
 
     @classmethod
     def of_details(cls, details: Mapping[str, Any]) -> Work:
@@ -81,8 +139,7 @@ class Work:
         Raises:
             WorkError: If there is none, or something else.
         """
-        text = details.get(_PRODUCTS)
-        if not isinstance(text, str):
+        if _PRODUCTS not in details:
             raise WorkError(f"{_PRODUCTS}: is missing")
         counts = {
             name.removeprefix(_COUNT): value
@@ -92,11 +149,19 @@ class Work:
         for name, value in counts.items():
             if name not in COUNTS or not isinstance(value, int | float) or value < 0:
                 raise WorkError(f"{_COUNT}{name}: is no count that is known")
-        try:
-            products = dict(_product(part) for part in text.split(";") if part)
-        except (ValueError, KeyError, WorkloadError) as error:
-            raise WorkError(f"{_PRODUCTS}: {text!r} is no list of products") from error
-        return cls(products, counts)
+        named = {key: _listed(key, details.get(key, "")) for key in (_PRODUCTS, _EXPERTS)}
+        return cls(named[_PRODUCTS], counts, named[_EXPERTS])
+
+
+def _text(products: Mapping[Workload, int]) -> str:
+    return ";".join(f"{n}*{w.form}:{w.b}x{w.m}x{w.k}x{w.n}" for w, n in products.items())
+
+
+def _listed(key: str, text: Any) -> dict[Workload, int]:
+    try:
+        return dict(_product(part) for part in text.split(";") if part)
+    except (AttributeError, ValueError, KeyError, WorkloadError) as error:
+        raise WorkError(f"{key}: {text!r} is no list of products") from error
 
 
 def _product(text: str) -> tuple[Workload, int]:

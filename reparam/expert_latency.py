@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cost_models.work import expert_kernels
 from kernels.workload import Workload, attention, linear
 from reparam.add_attention import AddAttention, AddProducts
 from reparam.moe import MoEMlp, moe_layers
@@ -29,6 +30,10 @@ class Estimate(Protocol):
     @property
     def source(self) -> str:
         """``measured``, ``predicted`` or ``extrapolated``."""
+
+    @property
+    def lowering(self) -> str:
+        """Whose kernel it is."""
 
 
 def set_expert_latencies_(
@@ -52,9 +57,11 @@ def set_expert_latencies_(
     for fqn, layer in moe_layers(model):
         found[fqn] = {}
         for name, expert in layer.experts.items():
-            estimates = [lookup(w) for w in _linears(expert, _tokens(shapes[fqn][0]))]
-            source = max((estimate.source for estimate in estimates), key=_SOURCES.index)
-            found[fqn][name] = (sum(estimate.latency_ms for estimate in estimates), source)
+            linears = _linears(expert, _tokens(shapes[fqn][0]))
+            kernels = [one for workload in linears for one in expert_kernels(workload, lookup)]
+            source = max((estimate.source for _, estimate in kernels), key=_SOURCES.index)
+            latency_ms = sum(number * estimate.latency_ms for number, estimate in kernels)
+            found[fqn][name] = (latency_ms, source)
     for fqn, layer in moe_layers(model):
         latencies = [latency_ms for latency_ms, _ in found[fqn].values()]
         layer.expert_latency_ms.copy_(torch.tensor(latencies))

@@ -20,7 +20,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
 from cost_models.overheads import LayerOverhead
-from cost_models.work import far_bytes
+from cost_models.work import expert_kernels, far_counts
 from kernels.workload import Workload
 from reparam.deploy import deploy
 from reparam.expert_latency import Estimate, layer_workloads, undecided
@@ -172,12 +172,11 @@ def latency_curves(
         ValueError: If the model has no MoE layer.
     """
 
-    @cache
-    def latency_ms(workload: Workload) -> float:
-        return lookup(workload).latency_ms
+    asked = cache(lookup)
 
-    def total_ms(workloads: list[Workload]) -> float:
-        return sum(latency_ms(workload) for workload in workloads)
+    def expert_ms(linears: list[Workload]) -> float:
+        found = [one for workload in linears for one in expert_kernels(workload, asked)]
+        return sum(number * estimate.latency_ms for number, estimate in found)
 
     all_tokens = {
         fqn: max(by_expert.values()) for fqn, by_expert in undecided(model, example).items()
@@ -200,7 +199,7 @@ def latency_curves(
         grid, routers = token_grid(all_tokens[fqn], points), len(fixed[fqn])
         latencies = [
             [
-                total_ms([workload.with_sizes(m=m) for workload in found[fqn][routers:]])
+                expert_ms([workload.with_sizes(m=m) for workload in found[fqn][routers:]])
                 for m in grid[1:]
             ]
             for found in by_expert[: len(names)]
@@ -212,17 +211,21 @@ def latency_curves(
         )
     if whole is not None:
         work = work_beside_experts(deploy(copy.deepcopy(model).cpu()), example.cpu())
-        kernels_ms = sum(number * latency_ms(w) for w, number in work.products.items())
+        kernels_ms = sum(number * found.latency_ms for number, found in work.kernels(asked))
         return ModelCurves(layers, whole.latency_ms(kernels_ms, work.counts))
-    fixed_ms = {fqn: total_ms(workloads) for fqn, workloads in fixed.items()}
+    fixed_ms = {
+        fqn: sum(asked(workload).latency_ms for workload in workloads)
+        for fqn, workloads in fixed.items()
+    }
     if overhead is not None:
         # Routing as it is deployed, in place of the product that it was looked up as. Which expert
         # gets a token does not matter here.
         for fqn, layer in moe_layers(model):
             routers, found = len(fixed[fqn]), by_expert[: len(experts[fqn])]
-            held = sum(w.weight_bytes for each in found for w in each[fqn][routers:])
-            counts = _counts(fqn, layer, all_tokens[fqn]) | {"far_weight_bytes": far_bytes(held)}
-            fixed_ms[fqn] = overhead.latency_ms(0.0, counts)
+            weights = sum(w.weight_bytes for each in found for w in each[fqn][routers:])
+            features = layer.router.gate.in_features + found[0][fqn][-1].n
+            far = far_counts(weights, 4 * all_tokens[fqn] * features)
+            fixed_ms[fqn] = overhead.latency_ms(0.0, _counts(fqn, layer, all_tokens[fqn]) | far)
     return ModelCurves(layers, sum(fixed_ms.values()))
 
 

@@ -157,7 +157,7 @@ def _predict_whole(
 ) -> Prediction:
     work = work_of(deployed, example)
     try:
-        estimates = [(number, table.lookup(w)) for w, number in work.products.items()]
+        estimates = work.kernels(table.lookup)
     except TableError as error:
         return Prediction(None, str(error))
     ends = [

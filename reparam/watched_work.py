@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cost_models.work import Work, far_bytes
+from cost_models.work import Work, far_counts
 from kernels import expert_ops, layer_ops
 from kernels.workload import Workload, attention, linear
 from reparam.one_pass import evaluating
@@ -37,16 +38,17 @@ def work_beside_experts(model: nn.Module, *inputs: Any, **named: Any) -> Work:
 def _watched(watch: _Watch, model: nn.Module, inputs: Any, named: Any) -> Work:
     with evaluating(model), watch:
         model(*inputs, **named)
-    far = {"far_weight_bytes": found} if (found := far_bytes(watch.counts["weight_bytes"])) else {}
-    return Work(dict(watch.products), {"calls": 1.0} | dict(watch.counts) | far)
+    counts = {"calls": 1.0} | {name: number for name, number in watch.counts.items() if number}
+    return Work(dict(watch.products), counts, dict(watch.experts))
 
 
 class _Watch(TorchDispatchMode):
     def __init__(self, experts: bool) -> None:
         super().__init__()
         self.products: Counter[Workload] = Counter()
+        self.experts: Counter[Workload] = Counter()
         self.counts: Counter[str] = Counter()
-        self._experts = experts
+        self._with_experts = experts
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -75,7 +77,7 @@ class _Watch(TorchDispatchMode):
             return [tokens.shape[0]]
         self.counts["routed"] += tokens.numel()
         self.counts["routed_tokens"] += tokens.shape[0]
-        if not self._experts:
+        if not self._with_experts:
             return [0] * gate.shape[0]
         counts: list[int] = expert_ops.route(tokens, norm, gate, gate_bias)[2].tolist()
         return counts
@@ -112,18 +114,22 @@ class _Watch(TorchDispatchMode):
         tokens = x.reshape(-1, x.shape[-1])
         self._normalised(tokens, norm)
         self.counts["activated"] += gelu * tokens.shape[0] * sizes[1]
-        counts, depth = self._dispatched(tokens, norm, gate, gate_bias), len(sizes) - 1
-        for expert, m in enumerate(counts):
-            for step in range(depth):
-                form = forms[expert * depth + step]
-                self._expert(form, m, sizes[step], sizes[step + 1])
+        counts = self._dispatched(tokens, norm, gate, gate_bias)
+        shapes = [(m, k, n) for m in counts for k, n in pairwise(sizes)]
+        self._experts(zip(forms, shapes, strict=True), x, result)
 
-    def _expert(self, form: str, m: int, k: int, n: int) -> None:
-        """Its product and weights; those of an expert without tokens stay where they are."""
-        if m:
-            self._product(linear(form, m, k, n))
-        if m or not self._experts:
-            self.counts["weight_bytes"] += linear(form, 1, k, n).weight_bytes
+    def _experts(
+        self, linears: Iterable[tuple[str, tuple[int, int, int]]], x: Tensor, result: Tensor
+    ) -> None:
+        """Products and weights; those of an expert without tokens stay where they are."""
+        weights = 0
+        for form, (m, k, n) in linears:
+            if m:
+                self.experts[linear(form, m, k, n)] += 1
+            if m or not self._with_experts:
+                weights += linear(form, 1, k, n).weight_bytes
+        self.counts["weight_bytes"] += weights
+        self.counts.update(far_counts(weights, x.nbytes + result.nbytes))
 
     def _depthwise(self, args: Any, result: Tensor) -> None:
         self.counts["depthwise_macs"] += args[1].shape[0] * result.numel()
@@ -132,11 +138,11 @@ class _Watch(TorchDispatchMode):
         x, weight, bias, height, gate, gate_bias, _, forms, n, _ = args
         self.counts["depthwise_macs"] += weight.shape[0] * x.numel()
         hidden = x
-        if gate is not None and self._experts:
+        if gate is not None and self._with_experts:
             hidden = layer_ops.depthwise_gelu(x, weight, bias, height, True)
         counts = self._dispatched(hidden.flatten(0, 1), None, gate, gate_bias)
-        for form, m in zip(forms, counts):
-            self._expert(form, m, x.shape[-1], n)
+        shapes = [(m, x.shape[-1], n) for m in counts]
+        self._experts(zip(forms, shapes, strict=True), x, result)
 
     def _patches(self, args: Any, result: Tensor) -> None:
         self.counts["patch_elements"] += result.numel()

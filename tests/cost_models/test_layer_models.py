@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cost_models.fit import fit
 from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.overheads import LayerOverhead
-from cost_models.work import COUNTS, Work, WorkError, far_bytes
+from cost_models.work import COUNTS, Work, WorkError, expert_kernels, far_counts
 from kernels.forms import FORMS
 from kernels.workload import Workload, attention, linear
 
@@ -122,11 +122,11 @@ attentions = st.builds(lambda b, m: attention(b, m, 32, 32).both, *[st.integers(
 @given(
     st.dictionaries(linears | attentions, st.integers(1, 50), max_size=5),
     st.dictionaries(st.sampled_from(list(COUNTS)), st.floats(0, 1e9), max_size=5),
+    st.dictionaries(linears, st.integers(1, 50), max_size=5),
 )
-def test_work_survives_a_row_of_the_store(products, counts):
-    work = Work(products, counts)
-    found = Work.of_details({"model": "x", **work.details()})
-    assert dict(found.products) == products and dict(found.counts) == counts
+def test_work_survives_a_row_of_the_store(products, counts, experts):
+    work = Work(products, counts, experts)
+    assert Work.of_details({"model": "x", **work.details()}) == work
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,8 @@ def test_work_survives_a_row_of_the_store(products, counts):
         ({}, "products"),
         ({"products": "3*nothing:1x1x1x1"}, "nothing"),
         ({"products": "3*mult_fp32:1x1x1"}, "products"),
+        ({"products": 3}, "products"),
+        ({"products": "", "experts": "3*mult_fp32"}, "experts"),
         ({"products": "", "count.wishes": 1.0}, "wishes"),
         ({"products": "", "count.calls": -1.0}, "calls"),
     ],
@@ -149,11 +151,43 @@ def test_products_are_written_for_people_too():
     assert text == "2*mult_fp32:1x5x7x9"
 
 
-@given(st.floats(0, 1e9))
-def test_weights_are_far_as_they_outgrow_a_cache(held):
-    assert 0 <= far_bytes(held) <= held
-    assert far_bytes(held) <= far_bytes(2 * held)
-    assert far_bytes(2**20) == 0 and far_bytes(2**22) == 2**22
+@given(st.floats(0, 1e9), st.floats(0, 1e9))
+def test_bytes_are_far_as_they_outgrow_a_cache(weights, passed):
+    found = far_counts(weights, passed)
+    assert 0 <= found["far_weight_bytes"] <= weights
+    assert 0 <= found["memory_bytes"] <= found["far_bytes"] <= passed
+    more = far_counts(2 * weights, 2 * passed)
+    assert all(found[name] <= more[name] for name in found)
+
+
+def test_weights_and_what_passes_share_the_cache():
+    assert set(far_counts(2**18, 2**18).values()) == {0.0}
+    both = far_counts(2**20, 2**20)
+    assert both["far_weight_bytes"] == both["far_bytes"] == 2**20 and not both["memory_bytes"]
+    assert far_counts(0.0, 2.0**27)["memory_bytes"] == 2**27
+
+
+class Kernel:
+    """What a table says of a kernel whose launch takes 1 ms beside 0.01 ms a token."""
+
+    def __init__(self, workload, lowering):
+        self.latency_ms, self.lowering = 1 + 0.01 * workload.m, lowering
+
+
+@pytest.mark.parametrize("tokens, times", [(300, 3), (256, 2), (100, 1)])
+def test_an_expert_by_amx_is_like_a_kernel_for_each_task(tokens, times):
+    work = Work({}, {}, {linear("shift_int8", tokens, 64, 64): 2})
+    found = work.kernels(lambda workload: Kernel(workload, "shift.amx_dot"))
+    total = sum(number * one.latency_ms for number, one in found)
+    assert total == pytest.approx(2 * (times + 0.01 * tokens))
+
+
+def test_an_expert_by_vectors_is_like_one_kernel_and_so_is_any_other_product():
+    workload = linear("shift_int8", 300, 64, 64)
+    (kernel,) = expert_kernels(workload, lambda workload: Kernel(workload, "shift.dot"))
+    assert kernel[0] == 1 and kernel[1].latency_ms == pytest.approx(4)
+    (product,) = Work({workload: 2}, {}).kernels(lambda w: Kernel(w, "shift.amx_dot"))
+    assert product[0] == 2 and product[1].latency_ms == pytest.approx(4)
 
 
 def test_layers_are_charged_far_weights_and_models_all(measure, table):
@@ -162,7 +196,7 @@ def test_layers_are_charged_far_weights_and_models_all(measure, table):
     for kind, name in (("layer", "far_weight_bytes"), ("model", "weight_bytes")):
         for times in (1, 2, 3, 4):
             held = 1e6 * times
-            work = Work(PRODUCTS, {"weight_bytes": held, "far_weight_bytes": far_bytes(held)})
+            work = Work(PRODUCTS, {"weight_bytes": held} | far_counts(held, 0.0))
             ms = kernels_ms(table, 1) + 1e-7 * work.counts[name]
             details = {"model": f"m{times}", **work.details()}
             fields = {"kind": kind, "subject": f"{kind} {times}", "lowering": "deployed"}
@@ -176,3 +210,4 @@ def test_layers_are_charged_far_weights_and_models_all(measure, table):
 def test_a_plan_launches_no_operators():
     work = Work(PRODUCTS, {"calls": 1.0, "operators": 7.0, "routed": 3.0})
     assert work.planned == Work(PRODUCTS, {"routed": 3.0})
+    assert Work({}, {}, PRODUCTS).planned.experts == PRODUCTS
