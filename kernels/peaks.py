@@ -93,6 +93,10 @@ def _compiled(name: str, target: KernelTarget) -> Callable[..., None]:
         return tvm.compile(module, target=target.tvm)["main"]
 
 
+# Hundreds of megabytes of cache are a whole socket's: copying four times that takes a second.
+_COPIED_BYTES = 2**28
+
+
 def _arithmetic(name: str, threads: int, target: KernelTarget) -> Peak:
     unit, main = _UNITS[name](target), _compiled(name, target)
     seed = torch.rand(threads, LANES * unit.group)
@@ -111,11 +115,13 @@ def peaks(threads: int, last_level_cache_bytes: int | None) -> list[Peak]:
 
     Args:
         threads: CPU threads.
-        last_level_cache_bytes: A copy of four times as much goes to main memory.
+        last_level_cache_bytes: A copy of four times as much goes to main memory; of the largest
+            caches, once as much from there to there.
     """
     set_threads(threads)
     target = cpu_target()
-    source = torch.rand((last_level_cache_bytes or 2**25) * 4 // 4)
+    cache = last_level_cache_bytes or 2**25
+    source = torch.rand(max(cache, min(4 * cache, _COPIED_BYTES)) // 4)
     copy = torch.empty_like(source)
     return [
         *(_arithmetic(name, threads, target) for name in _UNITS),

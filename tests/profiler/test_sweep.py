@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 
+from kernels.peaks import peaks
 from kernels.reference import random_operands
 from kernels.workload import linear
 from profiler import candidates, sites, sweep
@@ -21,6 +22,7 @@ from profiler.samples import CLOCK_RATE, PRESETS, TimingSettings
 from profiler.settings import settings_for
 from profiler.store import create_store, open_store
 from profiler.sweep_config import SweepConfig
+from profiler.timing import cache_flush
 
 SHORT = TimingSettings(
     sample_ms=0.05,
@@ -58,6 +60,9 @@ def quick_and_undisturbed(monkeypatch):
     """Other processes on this machine must not decide what a test finds."""
     monkeypatch.setitem(PRESETS, "quick", SHORT)
     monkeypatch.setattr("profiler.timing.host_contamination", lambda: NO_CONTAMINATION)
+    # What goes past all caches of a server's socket takes half a second each time.
+    monkeypatch.setattr("profiler.roofline.peaks", lambda threads, _: peaks(threads, 2**20))
+    monkeypatch.setattr("profiler.sites.cache_flush", lambda _: cache_flush(2**20))
 
 
 @pytest.fixture
@@ -332,6 +337,7 @@ def test_an_interrupted_second_pass_leaves_the_first(three_products):
 def sweep_into(path, barrier):
     """One of two processes; they start to write in the same moment."""
     PRESETS["quick"] = SHORT
+    sites.measure_roofs = lambda *_: {}
     (setting,) = settings_for(CONFIG, "shared", "cpu", "1")
     store = create_store(path)
     sweep.sweep(setting, store, ready=barrier.wait)
