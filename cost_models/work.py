@@ -75,10 +75,10 @@ Lookup = Callable[[Workload], Found]
 def expert_kernels(workload: Workload, lookup: Lookup[Found]) -> list[tuple[int, Found]]:
     """Kernels that take as long as an expert's linear does, and how often each.
 
-    A few tokens at a time pass through all linears of an expert, so that what lies between them
-    stays in a core's caches. By AMX the products are so fast that this is most of what a kernel of
-    all tokens takes longer; kernels of one task's tokens, one after the other, are like it. By
-    vectors the kernel of all tokens is.
+    A few tokens at a time pass through all linears of an expert, and what lies between them stays
+    in a core's caches. By AMX the products are so fast that a kernel of all tokens mostly waits for
+    what it reads and writes: an expert takes as long as kernels of one task's tokens, one after the
+    other. By vectors it takes as long as the kernel of all tokens.
 
     Args:
         workload: The linear with the tokens that the expert gets.
