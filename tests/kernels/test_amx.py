@@ -63,6 +63,19 @@ def test_any_size_matches_the_oracle(name, form, m, k, n):
 
 
 @needs_amx
+@pytest.mark.parametrize(("name", "form"), AMX.items())
+def test_a_task_may_take_several_panels_and_leave_some_over(name, form):
+    for m, n in ((70, 230), (33, 128), (1, 5)):
+        workload = linear(form, m, 100, n, around=("gelu", "layer_norm", "residual"))
+        operands = random_operands(workload, seed=m)
+        alone = {"tile_rows": 128, "panels_outer": 0, "panels": 1}
+        expected = build(workload, name, schedule=alone)(operands)
+        for others in ({"panels": 4}, {"panels": 8, "panels_outer": 1, "tile_rows": 64}):
+            schedule = alone | {"tile_rows": 32} | others
+            assert torch.equal(build(workload, name, schedule=schedule)(operands), expected)
+
+
+@needs_amx
 def test_torch_and_ours_leave_each_others_tiles_alone():
     workload = linear("mult_int8", 70, 100, 40)
     operands = random_operands(workload)
