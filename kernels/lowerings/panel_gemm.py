@@ -70,8 +70,9 @@ def amx_schedule_space(target: KernelTarget) -> dict[str, tuple[int, ...]]:
     """The same for AMX, whose registers hold the sums of ``BLOCK_ROWS``: how many a task has.
 
     And ``panels``: by as many a task multiplies its rows, so that results of a row lie side by
-    side. Few rows by many panels took 0.6 to 0.9 of the time of the default where results do not
-    fit a cache, and as long as it where they do.
+    side. 32 rows by 8 panels in int8 were 1.26 times as fast as the default with more than 256
+    outputs and up to 1.25 MiB of weights (210 shapes, a tenth of them 1.67 and more), and 0.95
+    times with others (370).
     """
     rows = tuple(BLOCK_ROWS << power for power in range(4))
     return {"tile_rows": rows, "panels_outer": (0, 1), "panels": (1, 4, 8, 16)}
