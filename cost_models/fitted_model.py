@@ -125,8 +125,8 @@ class _Process:
         points: Training shapes.
         weights: What the correlations with the training shapes are multiplied by for the mean.
         factor: Variance times the inverse of the Cholesky factor of their covariance, for
-            correlations as well. In single precision: the variance that it explains is an
-            interval's, and reading the matrix is most of a lookup.
+            correlations as well. In single precision, half as much to read at each lookup: what
+            it explains is only an interval's variance.
         distances: ``distances @ (1, x · x, x)`` are five times the squared distances of a point.
     """
 

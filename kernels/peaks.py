@@ -23,6 +23,8 @@ from kernels.lowerings.panel_gemm import VECTORS, largest_tile_rows
 from kernels.targets import KernelTarget, cpu_target
 
 _STEPS = 20_000
+# Hundreds of megabytes of cache are a whole socket's: copying four times that takes a second.
+_ENOUGH_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,6 @@ def _compiled(name: str, target: KernelTarget) -> Callable[..., None]:
         return tvm.compile(module, target=target.tvm)["main"]
 
 
-# Hundreds of megabytes of cache are a whole socket's: copying four times that takes a second.
-_COPIED_BYTES = 2**28
-
-
 def _arithmetic(name: str, threads: int, target: KernelTarget) -> Peak:
     unit, main = _UNITS[name](target), _compiled(name, target)
     seed = torch.rand(threads, LANES * unit.group)
@@ -110,18 +108,25 @@ def _arithmetic(name: str, threads: int, target: KernelTarget) -> Peak:
     return Peak(name, "MAC", macs, lambda: main(seed, out))
 
 
+def copied_bytes(last_level_cache_bytes: int) -> int:
+    """How much a copy reads, and as much it writes, to go to main memory.
+
+    Four times the last level of the caches, but no more than ``_ENOUGH_BYTES`` unless the cache
+    itself holds more.
+    """
+    return max(last_level_cache_bytes, min(4 * last_level_cache_bytes, _ENOUGH_BYTES))
+
+
 def peaks(threads: int, last_level_cache_bytes: int | None) -> list[Peak]:
     """The roofs of this CPU for a number of threads, to be timed like any kernel.
 
     Args:
         threads: CPU threads.
-        last_level_cache_bytes: A copy of four times as much goes to main memory; of the largest
-            caches, once as much from there to there.
+        last_level_cache_bytes: None where unknown; see ``copied_bytes``.
     """
     set_threads(threads)
     target = cpu_target()
-    cache = last_level_cache_bytes or 2**25
-    source = torch.rand(max(cache, min(4 * cache, _COPIED_BYTES)) // 4)
+    source = torch.rand(copied_bytes(last_level_cache_bytes or 2**25) // 4)
     copy = torch.empty_like(source)
     return [
         *(_arithmetic(name, threads, target) for name in _UNITS),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cost_models.work import expert_kernels
+from cost_models.work import Answer, expert_kernels
 from kernels.workload import Workload, attention, linear
 from reparam.add_attention import AddAttention, AddProducts
 from reparam.moe import MoEMlp, moe_layers
@@ -20,7 +20,7 @@ from reparam.shift import ShiftLinear
 _SOURCES = ("measured", "predicted", "extrapolated")
 
 
-class Estimate(Protocol):
+class Estimate(Answer, Protocol):
     """What a lookup returns, see ``cost_models.latency_table.Estimate``."""
 
     @property
@@ -30,10 +30,6 @@ class Estimate(Protocol):
     @property
     def source(self) -> str:
         """``measured``, ``predicted`` or ``extrapolated``."""
-
-    @property
-    def lowering(self) -> str:
-        """Whose kernel it is."""
 
 
 def set_expert_latencies_(

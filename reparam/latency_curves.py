@@ -8,7 +8,7 @@ deployed batch serves a training batch of any size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import permutations
@@ -175,8 +175,7 @@ def latency_curves(
     asked = cache(lookup)
 
     def expert_ms(linears: list[Workload]) -> float:
-        found = [one for workload in linears for one in expert_kernels(workload, asked)]
-        return sum(number * estimate.latency_ms for number, estimate in found)
+        return _total_ms(one for workload in linears for one in expert_kernels(workload, asked))
 
     all_tokens = {
         fqn: max(by_expert.values()) for fqn, by_expert in undecided(model, example).items()
@@ -211,8 +210,7 @@ def latency_curves(
         )
     if whole is not None:
         work = work_beside_experts(deploy(copy.deepcopy(model).cpu()), example.cpu())
-        kernels_ms = sum(number * found.latency_ms for number, found in work.kernels(asked))
-        return ModelCurves(layers, whole.latency_ms(kernels_ms, work.counts))
+        return ModelCurves(layers, whole.latency_ms(_total_ms(work.kernels(asked)), work.counts))
     fixed_ms = {
         fqn: sum(asked(workload).latency_ms for workload in workloads)
         for fqn, workloads in fixed.items()
@@ -227,6 +225,10 @@ def latency_curves(
             far = far_counts(weights, 4 * all_tokens[fqn] * features)
             fixed_ms[fqn] = overhead.latency_ms(0.0, _counts(fqn, layer, all_tokens[fqn]) | far)
     return ModelCurves(layers, sum(fixed_ms.values()))
+
+
+def _total_ms(kernels: Iterable[tuple[int, Estimate]]) -> float:
+    return sum(number * estimate.latency_ms for number, estimate in kernels)
 
 
 def _counts(fqn: str, layer: MoEMlp, tokens: int) -> dict[str, float]:

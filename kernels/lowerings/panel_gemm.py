@@ -1,7 +1,7 @@
 """The CPU schedules that mult and shift share, so that only the weights differ between them.
 
 Weights come packed in panels of 32 output channels (``kernels.packing.pack_panels``). A task is
-some rows × one panel, over the whole of k (``kernels.lowerings.panel_rows``).
+some rows × one panel, or by AMX several, over the whole of k (``kernels.lowerings.panel_rows``).
 """
 
 from __future__ import annotations

@@ -30,6 +30,18 @@ def test_compiles_to_tile_products_on_any_machine(name, form):
     assert "ldtilecfg" in text and "tilerelease" in text
 
 
+@pytest.mark.parametrize(("name", "form"), AMX.items())
+def test_a_task_of_several_panels_is_another_program(name, form):
+    target = replace(cpu_target("sapphirerapids"), amx=True)
+    schedule = {"tile_rows": 32, "panels_outer": 0, "panels": 1}
+    family = linear(form, 1, 64, 320).family
+    one, four = (
+        compiled(name, family, target, schedule | {"panels": panels}).mod.inspect_source("ll")
+        for panels in (1, 4)
+    )
+    assert one != four
+
+
 def test_a_cpu_without_amx_is_told_so():
     target = replace(cpu_target(), amx=False)
     with pytest.raises(BuildError, match="AMX"):

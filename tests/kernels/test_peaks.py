@@ -2,7 +2,7 @@ import time
 from functools import partial
 
 from kernels.build import build, set_threads
-from kernels.peaks import peaks
+from kernels.peaks import copied_bytes, peaks
 from kernels.reference import random_operands
 from kernels.workload import linear
 
@@ -27,3 +27,10 @@ def test_no_kernel_is_faster_than_the_roof():
         seconds = [(_seconds(launch), _seconds(roof.launch)) for _ in range(10)]
         ours_s, roof_s = (min(side) for side in zip(*seconds, strict=True))
         assert 0.05 < (workload.macs / ours_s) / (roof.amount / roof_s) < 1.3, form
+
+
+def test_a_copy_does_not_fit_the_cache_and_stays_small_beside_the_largest():
+    assert copied_bytes(2**25) == 4 * 2**25
+    assert copied_bytes(2**27) == 2**28
+    assert copied_bytes(480 * 2**20) == 480 * 2**20
+    assert peaks(1, 2**20)[-1].amount == 2 * 4 * 2**20

@@ -15,13 +15,14 @@ from kernels.workload import linear
 from reparam.accuracy import dispatch_shares
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
+from reparam.expert_latency import set_expert_latencies_
 from reparam.latency_curves import LayerCurves, latency_curves, token_grid
 from reparam.watched_work import work_of
 
 
 class Answer:
-    def __init__(self, latency_ms):
-        self.latency_ms, self.source, self.lowering = latency_ms, "measured", "some.kernel"
+    def __init__(self, latency_ms, lowering="some.kernel"):
+        self.latency_ms, self.source, self.lowering = latency_ms, "measured", lowering
 
 
 def lookup(workload):
@@ -67,6 +68,23 @@ def test_curves_run_through_what_the_table_says():
     # Two routers, two qkv and proj as shifts, two add attentions of b = 6.
     router, attention = 0.1 + 0.003 * tokens, 0.1 + 0.003 * 5
     assert curves.rest_ms == pytest.approx(2 * (router + 2 * (0.1 + 0.001 * tokens) + attention))
+
+
+def test_experts_by_amx_take_a_task_at_a_time_for_the_loss_and_for_the_curves():
+    model, example = make_model(), torch.randn(60, 3, 32, 32)
+    found = {}
+    for lowering in ("shift.dot", "shift.amx_dot"):
+
+        def ask(workload, lowering=lowering):
+            return Answer(lookup(workload).latency_ms, lowering)
+
+        layer = latency_curves(model, ask, example).layers["blocks.0.mlp"]
+        by_curve = layer.expert_latency_ms(torch.ones(2))[1].item()
+        expert, _ = set_expert_latencies_(model, ask, example)["blocks.0.mlp"]["shift"]
+        found[lowering] = (by_curve, expert)
+    # Two linears of 300 tokens, a launch of 0.1 ms for every 128 of them by AMX.
+    assert found["shift.dot"] == pytest.approx((2 * 0.4, 2 * 0.4), rel=1e-5)
+    assert found["shift.amx_dot"] == pytest.approx((2 * 0.6, 2 * 0.6), rel=1e-5)
 
 
 @settings(max_examples=5)

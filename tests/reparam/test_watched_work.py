@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from cost_models.work import far_counts
 from kernels.build import get_threads
 from kernels.workload import attention, linear
 from reparam.convert import ReparamConfig, reparameterize_
@@ -64,6 +65,15 @@ def test_a_deployed_model_has_the_products_of_its_kernels():
     # The head is torch's, and without its bias; so are the experts.
     biases = 2 * 2 * (768 + 192) * 4
     assert work.counts["weight_bytes"] == packed_bytes(model) + 7 * 192 * 4 - biases
+    each = [
+        linear(form, 1, *size).weight_bytes
+        for form in ("mult_int8", "shift_int8")
+        for size in ((192, 768), (768, 192))
+    ]
+    # In and out, in fp32.
+    far = far_counts(sum(each), 2 * 17 * 192 * 4)
+    assert work.counts["far_weight_bytes"] == 2 * far["far_weight_bytes"] > 0
+    assert work.counts["far_bytes"] == 2 * far["far_bytes"] > 0
     beside = work_beside_experts(model, x)
     assert beside.counts == work.counts
     assert beside.products == work.products and not beside.experts
