@@ -37,10 +37,12 @@ _LONG_TOKENS = 512
 _WORD_BITS = 32
 _CHUNK_TOKENS = 1024
 _MOST_CHUNKS = 16
-# Of AMX: rows of a tile, of a block whose sums the registers hold and of a task, and bytes of k
-# that one product consumes.
-_AMX_ROWS, _AMX_BLOCK, _AMX_TASK = 16, 32, 128
+# Of AMX: rows of a tile and of a block whose sums the registers hold, bytes of k that one product
+# consumes, blocks and panels of a task, and weights that few rows are multiplied with at a time.
+_AMX_ROWS, _AMX_BLOCK = 16, 32
 _AMX_BYTES = 64
+_AMX_BLOCKS, _AMX_PANELS = 4, 8
+_AMX_RESIDENT_BYTES = 1280 * 2**10
 _PAGE_BYTES = 4096
 _FIRST_LEVEL = 48 * 2**10
 
@@ -94,9 +96,7 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     if core == "panels":
         rows = panel_rows(device, facts)
         return tuple(Machine(units, rows, _PANEL, *level) for level in levels)
-    if core == "blocks":
-        return tuple(Machine(units, _AMX_TASK, _PANEL, *level) for level in levels)
-    if core in ("groups", "chunks"):
+    if core in ("amx", "groups", "chunks"):
         return tuple(Machine(units, 1, 1, *level) for level in levels)
     return tuple(
         Machine(shared, *tile, l3_bytes=last_level)
@@ -190,38 +190,40 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     return terms | _streamed(sizes, facts, machine)
 
 
-def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
-    """Our linears by AMX: tasks of rows × one panel, in blocks of tiles of 16 rows.
+def _amx(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Our linears by AMX: tasks of rows × a group of panels, in blocks of tiles of 16 rows.
 
     Source: ``kernels.lowerings.amx``, ``kernels.lowerings.panel_gemm.amx_default_schedule``.
     """
     _, m, k, n = sizes
     units = machine.units
-    panels, row_tasks = _ceil(n, _PANEL), _ceil(m, machine.tile_rows)
+    panels, weights = _ceil(n, _PANEL), weight_bytes(sizes, facts)
+    task_rows, groups = amx_tasks(n, weights, facts)
+    row_tasks = _ceil(m, task_rows)
     vectors = panels * (1 - 0.5 * (n <= _LANES))
-    share = _busiest(row_tasks * panels, units)
-    weights = weight_bytes(sizes, facts)
+    share = _busiest(row_tasks * groups, units)
     prepared = m * k * facts.x_dtype_bytes
     held = (weights / panels) + _least(prepared, k * facts.x_dtype_bytes * _AMX_BLOCK)
     # What passes through the caches until a task needs the same weights again: all of them, its
     # rows and its results.
-    rows = _least(m, machine.tile_rows)
+    rows = _least(m, task_rows)
     passed = weights + rows * (k * (facts.x_bytes + facts.x_dtype_bytes) + n * facts.out_bytes)
     blocks = _ceil(m, _AMX_BLOCK) * panels * share
     steps = _ceil(k, round(_AMX_BYTES / facts.x_dtype_bytes))
-    # Rows of a panel's results lie a whole row of the output apart: on pages of their own.
-    pages = m * panels * _least(n * facts.out_bytes / _PAGE_BYTES, 1.0)
+    # Rows of a group's results lie a whole row of the output apart: on pages of their own.
+    pages = m * groups * _least(n * facts.out_bytes / _PAGE_BYTES, 1.0)
     products = _ceil(m, _AMX_ROWS) * vectors * steps * share
     terms: Terms = {
         "launch": 1.0 + 0 * m,
         "products": products,
         "blocks": blocks,
-        "tasks": row_tasks * panels * share,
+        "tasks": row_tasks * groups * share,
         "row_panels": m * vectors * share,
         "half_products": products * (n <= _LANES),
         "blocks_l2": blocks * held * _beyond(held, L1_BYTES),
         "block_weights": _ceil(m, _AMX_BLOCK) * weights * share * _beyond(held, L1_BYTES),
         "pages": pages * share * _beyond(m * n * facts.out_bytes, machine.l2_bytes),
+        "weights_l2": row_tasks * weights * share * _beyond(weights, L1_BYTES),
         "weights_l3": row_tasks * weights * share * _beyond(passed, machine.l2_bytes),
         "weights_memory": row_tasks * weights * _beyond(weights, machine.l3_bytes),
         "prepared": m * k * _busiest(m, units),
@@ -230,6 +232,22 @@ def _blocks(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     if facts.w_bytes < facts.x_dtype_bytes:
         terms["decoded"] = row_tasks * vectors * k * share
     return terms | _streamed(sizes, facts, machine)
+
+
+def amx_tasks(n: Numbers, weights: Numbers, facts: FormFacts) -> tuple[Numbers, Numbers]:
+    """Rows of a task by AMX, and how many groups of panels there are.
+
+    Args:
+        n: Outputs.
+        weights: Bytes of them.
+        facts: Of the form.
+    """
+    panels = _ceil(n, _PANEL)
+    few = _most(_least(_AMX_PANELS // panels, _AMX_BLOCKS), 1)
+    many = (weights > _AMX_RESIDENT_BYTES) | (facts.w_bytes < 1)
+    blocks = few + (_AMX_BLOCKS - few) * many
+    groups = 2 * _ceil(panels, 2 * _AMX_PANELS)
+    return _AMX_BLOCK * blocks, _ceil(panels, _ceil(panels, groups))
 
 
 def _streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
@@ -322,7 +340,7 @@ def _tiles(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
 
 CORES: dict[str, Callable[[Sizes, FormFacts, Machine], Terms]] = {
     "panels": _panels,
-    "blocks": _blocks,
+    "amx": _amx,
     "groups": _groups,
     "chunks": _chunks,
     "tiles": _tiles,
@@ -337,4 +355,4 @@ def cores_for(
         return ("tiles",)
     if facts.kind != "linear":
         return ("groups", "chunks", "tiles")
-    return ("blocks" if ".amx_" in lowering else "panels", "tiles")
+    return ("amx" if ".amx_" in lowering else "panels", "tiles")

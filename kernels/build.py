@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -268,10 +269,13 @@ def compiled(
     known = LOWERINGS[lowering]
     if schedule is None:
         schedule = known.default_schedule(family, target)
-    space = known.schedule_space(target)
-    if schedule.keys() != space.keys() or any(schedule[key] not in space[key] for key in space):
+    if not _is_schedule(schedule, known.schedule_space(target)):
         raise BuildError(f"{lowering}: no schedule of its on {target.chip}: {dict(schedule)}")
     return _compiled(lowering, family, target, tuple(sorted(schedule.items())))
+
+
+def _is_schedule(schedule: Mapping[str, int], space: Mapping[str, tuple[int, ...]]) -> bool:
+    return schedule.keys() == space.keys() and all(schedule[key] in space[key] for key in space)
 
 
 @functools.cache
@@ -301,13 +305,19 @@ def arguments(operands: Operands) -> tuple[Tensor, ...]:
 
 
 def best_schedule(workload: Workload, lowering: str, target: KernelTarget) -> dict[str, int]:
-    """The schedule of the nearest tuning record, else the default one."""
+    """The schedule of the nearest tuning record, else the default one.
+
+    Records of schedules that a lowering has no more are warned about and left out.
+    """
     threads = get_threads() if target.name == "llvm" else 0
-    records = known_records(target.chip)
-    record = lookup(records, workload.alone, lowering, target.chip, threads)
-    if record is not None:
-        return record.schedule
-    return LOWERINGS[lowering].default_schedule(workload, target)
+    known, found = LOWERINGS[lowering], known_records(target.chip)
+    space = known.schedule_space(target)
+    foreign = [r for r in found if r.lowering == lowering and not _is_schedule(r.schedule, space)]
+    if foreign:
+        warnings.warn(f"tuning records of {lowering} ignored: of an older schedule", stacklevel=2)
+        found = tuple(record for record in found if record not in foreign)
+    record = lookup(found, workload.alone, lowering, target.chip, threads)
+    return known.default_schedule(workload, target) if record is None else record.schedule
 
 
 def build(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from profiler.device import DeviceInfo
+from reparam.ablation_results import AblationResults
 from reparam.results import FinetuneResults, VariantResult
 from reparam.versus_torch_result import VersusTorch
 from reports import formats
@@ -183,8 +185,42 @@ def _rivals_verdict(run: RunFolder, found: VersusTorch, kernels: tuple[str, ...]
     return Verdict(status, headline, (*rest, *kernels))  # type: ignore[arg-type]
 
 
+def _ablation_verdict(found: AblationResults, kernels: tuple[str, ...]) -> Verdict | None:
+    """On variants over several seeds, whose original was timed in one form only; None without any.
+
+    A variant that is slower than that form does not pay; one that is faster may still be slower
+    than PyTorch's fastest.
+    """
+    timed = [
+        one
+        for one in found.summaries
+        if one.latency_ratio is not None and one.difference_mean is not None
+    ]
+    best = min(timed, key=lambda one: one.latency_ratio or math.inf, default=None)
+    if best is None:
+        return None
+    ratio, difference = best.latency_ratio_interval, best.difference
+    if ratio is None or difference is None:
+        why_not = "an ablation of one seed has no intervals"
+        return Verdict("undecided", f"Not decided here: {why_not}.", kernels)
+    slower = all(one.latency_ratio_interval.low > 1 for one in timed if one.latency_ratio_interval)
+    opening = (
+        "It does not pay here"
+        if slower
+        else "Not decided here: an ablation does not measure PyTorch's fastest form of the original"
+    )
+    headline = (
+        f"{opening}. On {short_label(found.device)}, the fastest of {len(timed)} variants of "
+        f"{found.model} on {found.data}, “{best.title}”, takes {formats.significant(ratio.value)} "
+        f"of the latency of the original in fp32 {formats.ends(ratio)}, at "
+        f"{formats.signed(difference.value)} points of top-1 "
+        f"{formats.ends(difference, formats.signed)}, over {best.seeds} seeds."
+    )
+    return Verdict("does not pay" if slower else "undecided", headline, kernels)
+
+
 def decide(run: RunFolder) -> Verdict:
-    """The verdict on the last variant; where no model was trained, on whole models or kernels."""
+    """The verdict on the last variant; without one on whole models, an ablation or kernels."""
     comparisons = main_setting(run)
     kernels = _kernel_sentences(comparisons)
     results = run.results
@@ -203,6 +239,9 @@ def decide(run: RunFolder) -> Verdict:
         return Verdict(status, headline, tuple(details))  # type: ignore[arg-type]
     if run.versus_torch and run.versus_torch.comparisons:
         return _rivals_verdict(run, run.versus_torch, kernels)
+    ablated = _ablation_verdict(run.ablation, kernels) if run.ablation else None
+    if ablated:
+        return ablated
     counts = count_outcomes(comparisons)
     total = sum(counts.values())
     if not total or not run.device:

@@ -14,7 +14,14 @@ from cost_models.features import (
 )
 from cost_models.fitted_model import PhysicalCore
 from cost_models.models import LearnedLatency, fit_core
-from cost_models.physical_core import CORES, Machine, cores_for, machines, panel_rows
+from cost_models.physical_core import (
+    CORES,
+    Machine,
+    amx_tasks,
+    cores_for,
+    machines,
+    panel_rows,
+)
 from cost_models.rivals import FlopsProportional, NearestNeighbour, Roofline
 from kernels.forms import FORMS
 from kernels.lowerings import panel_gemm
@@ -90,14 +97,24 @@ def test_amx_is_counted_in_its_tiles_blocks_and_tasks():
     facts = form_facts("shift_int4")
     core, _ = cores_for("shift.amx_nibbles", facts, False, device)
     machine = machines(core, facts, device)[0]
-    schedule = panel_gemm.amx_default_schedule(linear("shift_int4", 9, 64, 64), cpu_target())
-    assert (core, machine.tile_rows) == ("blocks", schedule["tile_rows"])
-    terms = CORES[core](Sizes(1, 128 + 17, 65, 70), facts, machine)
-    # 10 tiles of rows, 3 panels, k in two pieces; 5 blocks and 2 tasks a panel.
-    assert (terms["products"], terms["blocks"], terms["tasks"]) == (10 * 3 * 2, 15, 6)
+    terms = CORES["amx"](Sizes(1, 128 + 17, 65, 70), facts, machine)
+    # 10 tiles of rows, 3 panels, k in two pieces; 5 blocks a panel, 2 tasks a group of panels.
+    assert (core, terms["products"], terms["blocks"], terms["tasks"]) == ("amx", 60, 15, 4)
     assert terms["decoded"] == 2 * 3 * 65
     assert "decoded" not in CORES[core](Sizes(1, 9, 65, 70), form_facts("shift_int8"), machine)
     assert cores_for("shift.nibbles", facts, False, device)[0] == "panels"
+
+
+@pytest.mark.parametrize("form", ["mult_int8", "mult_bf16", "shift_int8", "shift_int4"])
+def test_tasks_of_amx_are_those_of_our_schedule(form):
+    facts = form_facts(form)
+    for n in (16, 32, 64, 100, 256, 320, 1000, 4096):
+        for k in (64, 500, 4096):
+            workload = linear(form, 9, k, n)
+            schedule = panel_gemm.amx_default_schedule(workload, cpu_target("sapphirerapids"))
+            at_once, groups = panel_gemm.panel_groups(-(-n // 32), schedule["panels"])
+            assert amx_tasks(n, workload.weight_bytes, facts) == (schedule["tile_rows"], groups)
+            assert (groups - 1) * at_once < -(-n // 32) <= groups * at_once
 
 
 @settings(max_examples=50)
@@ -107,7 +124,8 @@ def test_amx_is_counted_in_its_tiles_blocks_and_tasks():
             ("panels", "shift_int8"),
             ("panels", "mult_fp32"),
             ("tiles", "mult_bf16"),
-            ("blocks", "shift_int4"),
+            ("amx", "shift_int4"),
+            ("amx", "shift_int8"),
         ]
     ),
     st.integers(1, 500),
@@ -118,8 +136,9 @@ def test_amx_is_counted_in_its_tiles_blocks_and_tasks():
 def test_no_count_falls_from_whole_tiles_to_more_of_them(core_and_form, few, more, k, n):
     core, form = core_and_form
     machine = Machine(tile_rows=7, tile_columns=32)
+    rows = 128 if core == "amx" else 7
     less, greater = (
-        CORES[core](Sizes(1, 7 * tiles, k, n), form_facts(form), machine)
+        CORES[core](Sizes(1, rows * tiles, k, n), form_facts(form), machine)
         for tiles in (few, few + more)
     )
     assert all(greater[term] >= less[term] * (1 - 1e-9) for term in less)

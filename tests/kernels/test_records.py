@@ -171,6 +171,17 @@ def test_every_schedule_computes_the_same_product():
                 assert max_abs_error(workload, operands, kernel(operands))[1]
 
 
+def test_a_record_of_an_older_schedule_is_warned_about_and_not_used(monkeypatch, tmp_path):
+    target = cpu_target()
+    older = replace(RECORD, chip=target.chip, schedule={"tile_rows": 9})
+    append_record(tmp_path / "own.jsonl", older)
+    monkeypatch.setenv(OWN_RECORDS, str(tmp_path / "own.jsonl"))
+    with pytest.warns(UserWarning, match="mult.panels ignored"):
+        kernel = build(WORKLOAD, "mult.panels")
+    default = LOWERINGS["mult.panels"].default_schedule(WORKLOAD, target)
+    assert kernel.schedule == default
+
+
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_shipped_records_can_be_built(path):
     found = load_records(path)

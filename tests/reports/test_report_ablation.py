@@ -4,6 +4,7 @@ from reparam.ablation_results import AblationResults, AblationRow, AblationSumma
 from reports.ablation_section import ablation
 from reports.build import build, compose
 from reports.run_folder import load_run
+from reports.verdict import decide
 
 
 def _row(variant, seed, top1, latency_ms):
@@ -104,3 +105,25 @@ def test_without_one_its_command_is_named(tmp_path):
     sections = {section.anchor: section for part in page.parts for section in part.sections}
     assert "python -m reparam.ablate" in sections["ablation"].missing
     assert "python -m cost_models.advise" in sections["advice"].missing
+
+
+def test_an_ablation_alone_is_weighed_and_never_said_to_pay(tmp_path):
+    def verdict_of(ratio, seeds=3):
+        summaries = [
+            _summary("original", 97.0, 3.0),
+            _summary("shift", 96.0, 3.0 * ratio).model_copy(
+                update={
+                    "difference": interval(-1.0, 0.5) if seeds > 1 else None,
+                    "latency_ratio": ratio,
+                    "latency_ratio_interval": interval(ratio, 0.01) if seeds > 1 else None,
+                }
+            ),
+        ]
+        _results().model_copy(update={"summaries": summaries}).save(tmp_path / "ablation.json")
+        return decide(load_run(tmp_path))
+
+    faster = verdict_of(0.5)
+    assert faster.status == "undecided" and "PyTorch's fastest" in faster.headline
+    assert "0.500 of the latency" in faster.headline and "3 seeds" in faster.headline
+    assert verdict_of(1.5).status == "does not pay"
+    assert "no intervals" in verdict_of(0.5, seeds=1).headline
