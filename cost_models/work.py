@@ -36,7 +36,7 @@ _OF_PYTHON = {"calls", "operators"}
 # turns, and where they miss all of it.
 _PRIVATE_CACHE_BYTES = (2**19, 2**21)
 _LAST_LEVEL_BYTES = (2**25, 2**27)
-# Rows of a task of a kernel by AMX: its operands stay with the core, as an expert's do.
+# Tokens of a kernel by AMX whose operands stay with the core, as those of an expert's tasks do.
 _TASK_ROWS = 128
 
 
@@ -77,8 +77,8 @@ def expert_kernels(workload: Workload, lookup: Lookup[Found]) -> list[tuple[int,
 
     A few tokens at a time pass through all linears of an expert, and what lies between them stays
     in a core's caches. By AMX the products are so fast that a kernel of all tokens mostly waits for
-    what it reads and writes: an expert takes as long as kernels of one task's tokens, one after the
-    other. By vectors it takes as long as the kernel of all tokens.
+    what it reads and writes: an expert takes as long as kernels of few tokens, one after
+    the other. By vectors it takes as long as the kernel of all tokens.
 
     Args:
         workload: The linear with the tokens that the expert gets.

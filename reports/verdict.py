@@ -220,7 +220,7 @@ def _ablation_verdict(found: AblationResults, kernels: tuple[str, ...]) -> Verdi
 
 
 def decide(run: RunFolder) -> Verdict:
-    """The verdict on the last variant; without one on whole models, an ablation or kernels."""
+    """The verdict on the last variant; without one on whole models, kernels or an ablation."""
     comparisons = main_setting(run)
     kernels = _kernel_sentences(comparisons)
     results = run.results
@@ -239,13 +239,13 @@ def decide(run: RunFolder) -> Verdict:
         return Verdict(status, headline, tuple(details))  # type: ignore[arg-type]
     if run.versus_torch and run.versus_torch.comparisons:
         return _rivals_verdict(run, run.versus_torch, kernels)
-    ablated = _ablation_verdict(run.ablation, kernels) if run.ablation else None
-    if ablated:
-        return ablated
     counts = count_outcomes(comparisons)
     total = sum(counts.values())
     if not total or not run.device:
-        return Verdict("undecided", "Not decided here: nothing to compare was measured.", kernels)
+        ablated = _ablation_verdict(run.ablation, kernels) if run.ablation else None
+        return ablated or Verdict(
+            "undecided", "Not decided here: nothing to compare was measured.", kernels
+        )
     if counts["undecided"] == total:
         status, opening = "undecided", "Not decided here"
     elif counts["pays"] == total:

@@ -84,9 +84,9 @@ def amx_schedule_space(target: KernelTarget) -> dict[str, tuple[int, ...]]:
 def amx_default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]:
     """The schedule of a shape that nobody has tuned, for AMX.
 
-    Against 128 rows by one panel, in turns on an Intel Xeon with one thread: 1.21 times as fast
-    with more than 256 outputs (37 shapes at random, 95 % of 1.13 to 1.30) and 1.02 with others
-    (59; 1.00 to 1.03), with two threads 1.20 and 1.03; the slowest shape 0.94.
+    Against 128 rows by one panel, in turns on an Intel Xeon (``tests/prove/schedules.py``): on one
+    thread 1.14 times as fast with more than 256 outputs (48 shapes at random, 95 % of 1.10 to 1.18)
+    and 1.02 with others (48; 1.00 to 1.03), on two 1.11 and 1.02; the slowest shape 0.90.
     """
     if workload.weight_bytes > _RESIDENT_WEIGHT_BYTES or workload.code_bits < 8:
         # Each task brings its weights from afar, or decodes them: for many rows at once.
