@@ -16,16 +16,24 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor
 
+from kernels.build import get_threads
 from kernels.launches import launch
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.arithmetic import fastest
 from kernels.lowerings.mixture import Sizes
-from kernels.lowerings.panel_gemm import default_schedule
+from kernels.lowerings.panel_gemm import RESIDENT_WEIGHT_BYTES, default_schedule
 from kernels.operators import operator
 from kernels.targets import cpu_target
 from kernels.torch_ops import last_dimension
 from kernels.workload import linear as linear_workload
+
+# Tokens that a thread routes at a time: their codes fit in a core's own cache beside the weights of
+# some experts, and an expert's weights, once fetched, serve many of them.
+_BLOCK_ROWS = 512
+# Tokens of a task whose expert has weights that the cache does not keep, and of one that decodes
+# them for AMX's tiles.
+_FAR_TASK_ROWS, _DECODED_TASK_ROWS = 256, 64
 
 
 def _route(
@@ -53,7 +61,7 @@ def _route_fake(
 
 @functools.cache
 def experts_kernel(
-    name: str, sizes: tuple[int, ...], forms: tuple[str, ...], *there: bool
+    name: str, sizes: tuple[int, ...], forms: tuple[str, ...], threads: int, *there: bool
 ) -> Callable[..., None]:
     """The program of some experts for any number of tokens.
 
@@ -61,14 +69,29 @@ def experts_kernel(
         name: In ``kernels.layer_kernels``: ``mixture`` or ``depthwise_mixture``.
         sizes: k and n of each of an expert's linears, in turn.
         forms: Of the linears, those of the first expert first.
+        threads: That share the tokens.
         there: Layer norm, GELU and residual.
     """
-    each = list(pairwise(sizes))
+    each, target = list(pairwise(sizes)), cpu_target()
     linears = [linear_workload(form, 1, *size) for form, size in zip(forms, cycle(each))]
-    target = cpu_target()
-    tile_rows = max(default_schedule(one, target)["tile_rows"] for one in linears)
-    task_rows = BLOCK_ROWS if any(fastest(form, target).unit.amx for form in forms) else tile_rows
-    return layer_kernel(name, Sizes(task_rows, tile_rows, sizes[0], sizes[1:], forms, *there))
+    by_amx = [bool(fastest(form, target).unit.amx) for form in forms]
+    tile_rows = max(
+        (
+            default_schedule(one, target)["tile_rows"]
+            for one, amx in zip(linears, by_amx)
+            if not amx
+        ),
+        default=BLOCK_ROWS,
+    )
+    task_rows, experts = BLOCK_ROWS if any(by_amx) else tile_rows, len(forms) // len(each)
+    weight_bytes = sum(one.weight_bytes for one in linears) / experts
+    if weight_bytes > RESIDENT_WEIGHT_BYTES:
+        task_rows = _FAR_TASK_ROWS // task_rows * task_rows
+    elif any(by_amx) and any(one.code_bits < 8 for one in linears):
+        task_rows = _DECODED_TASK_ROWS
+    block_rows = task_rows if experts == 1 else _BLOCK_ROWS
+    fixed = (block_rows, task_rows, tile_rows, threads, sizes[0], sizes[1:], forms)
+    return layer_kernel(name, Sizes(*fixed, *there))
 
 
 def _of_images(x: Tensor) -> Tensor:
@@ -91,7 +114,7 @@ def _moe(
     out = x.new_empty((*x.shape[:-1], sizes[-1]))
     if out.numel():
         there = (norm is not None, gelu, residual is not None)
-        kernel = experts_kernel("mixture", tuple(sizes), tuple(forms), *there)
+        kernel = experts_kernel("mixture", tuple(sizes), tuple(forms), get_threads(), *there)
         given = [tensor for tensor in (norm, gate, gate_bias) if tensor is not None]
         added = () if residual is None else (_of_images(residual),)
         launch(kernel, _of_images(x), *given, *packed, *added, _of_images(out))
@@ -117,7 +140,9 @@ def _depthwise_moe(
         grid = x.contiguous().view(images, height, tokens // height, channels)
         router = () if gate is None else (gate, gate_bias)
         there = (False, False, residual is not None)
-        kernel = experts_kernel("depthwise_mixture", (channels, n), tuple(forms), *there)
+        kernel = experts_kernel(
+            "depthwise_mixture", (channels, n), tuple(forms), get_threads(), *there
+        )
         added = () if residual is None else (residual.contiguous(),)
         launch(kernel, grid, weight, bias, *router, *packed, *added, out)
     return out

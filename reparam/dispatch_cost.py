@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import expert_ops
 from kernels.expert_ops import experts_kernel
+from kernels.torch_ops import get_threads
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
 from reparam.deployed import DeployedLinear
@@ -100,7 +101,7 @@ def _launch(
     first, sizes = linears[0], (x.shape[1], *(linear.out_features for linear in linears))
     forms = tuple(linear.form for linear in linears)
     there = (first.norm is not None, first.activated, residual is not None)
-    kernel = experts_kernel("mixture", sizes, forms, *there)
+    kernel = experts_kernel("mixture", sizes, forms, get_threads(), *there)
     packed = [tensor for linear in linears for tensor in linear.packed]
     norm = [] if first.norm is None else [first.norm]
     added = [] if residual is None else [residual.contiguous()[None]]

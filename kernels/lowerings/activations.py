@@ -13,9 +13,9 @@ from kernels.lowerings.emit import (
     at,
     bf16_bits,
     fill,
-    lanes_total,
     local,
     prefetch,
+    row_totals,
     spans,
     vector_type,
 )
@@ -110,8 +110,8 @@ def round_row(x: Any, row: Any, k: int, bits: Any, slot: Any) -> None:
         T.buffer_store(bits, tirx.const(0, "int16"), [slot, padding])
 
 
-def normalise_row(x: Any, row: Any, k: int, norm: Any) -> Any:
-    """Layer norm of one row into an array ``(1, k)`` of the thread's own.
+def normalise_row(x: Any, row: Any, k: int, norm: Any, out: Any, slot: Any) -> None:
+    """Layer norm of one row into ``out[slot]``.
 
     The variance is that of the differences from the mean, in a second pass over the row: of the
     squares it would lose digits.
@@ -121,29 +121,23 @@ def normalise_row(x: Any, row: Any, k: int, norm: Any) -> Any:
         row: Of x.
         k: Inputs.
         norm: ``(2k + 1,)``: weight, bias and epsilon, one after the other.
+        out: fp32 ``(rows, k)``.
+        slot: Of its rows.
 
     Source:
         Ba, Kiros, Hinton, Layer Normalization (arXiv 1607.06450), equation 4.
     """
-    normalised = local((1, k))
-    sums, moments = local(LANES), local(2)
+    moments = local(2)
 
-    def add_up(term: Callable[[Any, int], Any], moment: int) -> None:
-        whole = k // LANES
-        T.buffer_store(sums, fill(T.float32(0), LANES), [at(0, LANES)])
-        with T.serial(0, whole) as c:
-            value = sums[at(0, LANES)] + term(c * LANES, LANES)
-            T.buffer_store(sums, value, [at(0, LANES)])
-        T.buffer_store(moments, lanes_total(sums, LANES), [moment])
-        for offset in range(whole * LANES, k):
-            T.buffer_store(moments, moments[moment] + term(offset, 1), [moment])
-        T.buffer_store(moments, moments[moment] * T.float32(1.0 / k), [moment])
+    def mean_of(term: Callable[[Any, int], Any], moment: int) -> None:
+        (total,) = row_totals(k, [term])
+        T.buffer_store(moments, total * T.float32(1.0 / k), [moment])
 
     def difference(offset: Any, lanes: int) -> Any:
         return x[row, at(offset, lanes)] - fill(moments[0], lanes)
 
-    add_up(lambda offset, lanes: x[row, at(offset, lanes)], 0)
-    add_up(lambda offset, lanes: difference(offset, lanes) * difference(offset, lanes), 1)
+    mean_of(lambda offset, lanes: x[row, at(offset, lanes)], 0)
+    mean_of(lambda offset, lanes: difference(offset, lanes) * difference(offset, lanes), 1)
     inverse = T.float32(1) / tirx.sqrt(moments[1] + norm[2 * k])
     T.buffer_store(moments, inverse, [1])
 
@@ -152,17 +146,18 @@ def normalise_row(x: Any, row: Any, k: int, norm: Any) -> Any:
         where = at(offset, lanes)
         scaled = difference(offset, lanes) * fill(moments[1], lanes)
         value = scaled * norm[at(offset, lanes)] + norm[at(k + offset, lanes)]
-        T.buffer_store(normalised, value, [0, where])
+        T.buffer_store(out, value, [slot, where])
 
     _each_vector(k, store)
-    return normalised
 
 
 def normalised(x: Any, row: Any, k: int, norm: Any) -> tuple[Any, Any]:
     """Where a row lies once it is normalised: an array and a row of it; as it is without a norm."""
     if norm is None:
         return x, row
-    return normalise_row(x, row, k, norm), tirx.const(0, "int32")
+    own, first = local((1, k)), tirx.const(0, "int32")
+    normalise_row(x, row, k, norm, own, first)
+    return own, first
 
 
 def copy_row(x: Any, row: Any, k: int, copies: Any, slot: Any) -> None:

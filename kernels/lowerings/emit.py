@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
@@ -13,6 +13,10 @@ from tvm.script.ir_builder import IRBuilder
 
 # Widest vector that we write. LLVM splits it where registers are narrower.
 LANES = 16
+# Added to a small number in fp32, it leaves the nearest whole number in the lowest bits.
+ROUNDS = 1.5 * 2.0**23
+# As many as hide the latency of an addition.
+_RUNNING = 4
 
 
 def program(body: Callable[[], None], llvm: str | None = None) -> tirx.PrimFunc:
@@ -81,6 +85,13 @@ def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
     return T.decl_buffer(shape, dtype, data=vectors.data, scope="local")
 
 
+def held(value: Any) -> Any:
+    """An int32 that is computed once."""
+    once = local(1, "int32")
+    T.buffer_store(once, value, [0])
+    return once[0]
+
+
 def workspace(shape: tuple[int, ...], dtype: str) -> Any:
     """Memory for a while, larger than a stack should hold.
 
@@ -123,6 +134,44 @@ def lanes_total(vector: Any, lanes: int) -> Any:
         T.buffer_store(half, vector[at(0, lanes)] + vector[at(lanes, lanes)], [at(0, lanes)])
         vector = half
     return vector[0]
+
+
+def row_totals(k: int, terms: Sequence[Callable[[Any, int], Any]]) -> list[Any]:
+    """Emits sums over a row, all in one pass; what does not fill a vector comes last.
+
+    Each has several running sums, for one would wait for its last addition at each step.
+
+    Args:
+        k: Elements.
+        terms: ``term(offset, lanes)``, fp32, of each sum.
+    """
+    whole = k // LANES
+    # A power of two, and no more than there are vectors.
+    running = 1 << min(_RUNNING, max(whole, 1)).bit_length() - 1
+    width = running * LANES
+    sums = [local(width) for _ in terms]
+    for own in sums:
+        for place in range(running):
+            T.buffer_store(own, fill(T.float32(0), LANES), [at(place * LANES, LANES)])
+
+    def add(vector: Any, place: int) -> None:
+        for own, term in zip(sums, terms):
+            where = at(place * LANES, LANES)
+            T.buffer_store(own, own[where] + term(vector * LANES, LANES), [where])
+
+    with T.serial(0, whole // running) as step:
+        for place in range(running):
+            add(step * running + place, place)
+    for place in range(whole % running):
+        add(whole // running * running + place, place)
+    totals = []
+    for own, term in zip(sums, terms):
+        total = local(1)
+        T.buffer_store(total, lanes_total(own, width), [0])
+        for offset in range(whole * LANES, k):
+            T.buffer_store(total, total[0] + term(offset, 1), [0])
+        totals.append(total[0])
+    return totals
 
 
 def vector_type(dtype: str, lanes: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, at, fill, local
+from kernels.lowerings.emit import LANES, ROUNDS, at, fill, local
 from kernels.targets import KernelTarget
 
 # erf(x) = x * P(x²) / Q(x²) for |x| <= 4, beyond which erf is 1 in fp32. Minimax in the relative
@@ -42,8 +42,6 @@ _ERF_Q = (
 # is larger is brought to, it is 1/2.
 _PIECE = 0.375
 _ORDER = 5
-# Added to a small positive number, it leaves the nearest whole number in the lowest bits.
-_ROUNDS = 1.5 * 2.0**23
 
 
 def gelu(target: KernelTarget) -> Callable[[Any], Any]:
@@ -91,9 +89,9 @@ def _by_pieces(x: Any) -> Any:
         )
     )
     scaled = _held(tirx.min(magnitude * _every(1 / _PIECE), _every(LANES - 1.0)))
-    rounded = _held(scaled + _every(_ROUNDS))
+    rounded = _held(scaled + _every(ROUNDS))
     piece = tirx.reinterpret(f"int32x{LANES}", rounded)
-    within = _held(scaled - (rounded - _every(_ROUNDS)))
+    within = _held(scaled - (rounded - _every(ROUNDS)))
     total = None
     for coefficients in _pieces()[::-1]:
         entries = [T.float32(entry) for entry in coefficients]

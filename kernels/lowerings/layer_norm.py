@@ -5,7 +5,7 @@ from __future__ import annotations
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.activations import copy_row, normalise_row
+from kernels.lowerings.activations import copy_row, normalised
 from kernels.lowerings.emit import argument, program
 from kernels.targets import KernelTarget
 
@@ -27,7 +27,6 @@ def layer_norm(k: int, target: KernelTarget) -> tirx.PrimFunc:
         norm = argument("norm", (2 * k + 1,), "float32")
         out = argument("out", (m, k), "float32")
         with T.parallel(0, m) as row:
-            normalised = normalise_row(x, row, k, norm)
-            copy_row(normalised, tirx.const(0, "int32"), k, out, row)
+            copy_row(*normalised(x, row, k, norm), k, out, row)
 
     return program(body)

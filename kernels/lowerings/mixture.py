@@ -1,8 +1,7 @@
 """A mixture of experts from its layer norm to the residual in one program, or one expert alone.
 
-A task is some tokens of one expert. Its thread takes them through all of the expert's linears,
-so that what lies between them never leaves its caches, and waits for no other: threads meet once
-behind the router and once at the end.
+A thread routes a block of its tokens, then takes those of each expert through all of its linears,
+some at a time: nothing of it leaves its caches, and threads meet once, at the end.
 """
 
 from __future__ import annotations
@@ -15,16 +14,18 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.forms import FORMS, quantises
+from kernels.forms import FORMS
 from kernels.lowerings import amx, panel_rows
-from kernels.lowerings.activations import copy_row, normalised, prepare_row, quantise_row
+from kernels.lowerings.activations import normalised, prepare_row
 from kernels.lowerings.arithmetic import fastest
-from kernels.lowerings.emit import LANES, argument, at, local, program, rows_of, workspace
+from kernels.lowerings.emit import LANES, argument, at, held, program, rows_of, workspace
+from kernels.lowerings.expert_queues import ExpertQueues, Linear, Router
 from kernels.lowerings.gelu import gelu
-from kernels.lowerings.panel_product import PREPARED, PanelProduct, Rows, store_row
-from kernels.lowerings.routing import Order, choose
+from kernels.lowerings.panel_product import PanelProduct, Rows, store_row
 from kernels.packing import PANEL
 from kernels.targets import KernelTarget
+
+Put = Callable[[Any, Any, Any], None]
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class Sizes:
     """What a mixture's program is built for.
 
     Attributes:
-        task_rows: Tokens of a task.
+        block_rows: Tokens, at most, that a thread routes before it goes on with the experts.
+        task_rows: Of them, as many at a time as go through all of its linears.
         tile_rows: Of them, as many at a time as vector registers hold sums of.
+        threads: That share the tokens.
         k: Features of a token.
         widths: Outputs of each of an expert's linears, one or two, in turn.
         forms: Of the linears, those of the first expert first.
@@ -42,8 +45,10 @@ class Sizes:
         residual: Whether something is added to the result.
     """
 
+    block_rows: int
     task_rows: int
     tile_rows: int
+    threads: int
     k: int
     widths: tuple[int, ...]
     forms: tuple[str, ...]
@@ -56,60 +61,38 @@ class Sizes:
         """How many."""
         return len(self.forms) // len(self.widths)
 
-    @property
-    def all_quantise(self) -> bool:
-        """Whether every expert reads codes."""
-        return all(quantises(form) for form in self.forms[:: len(self.widths)])
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """One of an expert's linears, and what it does beside its product."""
-
-    product: PanelProduct
-    fused: tuple[str, ...]
-
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the tasks read.
+    """What routers and experts read.
 
     Attributes:
-        x: Tokens, or codes of all of them.
-        norm: Of tokens that are not normalised yet; None of others.
-        scale: Of codes; None of tokens.
-        order: Of the experts; None where there is one.
+        chunks: Of some neighbours each.
+        most: Tokens, at most, of one.
+        emit: ``emit(first, count, put)`` calls ``put(x, row, token)`` for each token of some
+            chunks: x is fp32 ``(rows, k)``, normalised where the layer does so.
     """
 
-    x: Any
-    norm: Any = None
-    scale: Any = None
-    order: Order | None = None
-
-
-@dataclass(frozen=True)
-class Router:
-    """Gates as arguments: ``(experts, k)`` and ``(experts,)``."""
-
-    gate: Any
-    bias: Any
-
-    @classmethod
-    def declared(cls, sizes: Sizes) -> Router | None:
-        """None where there is nothing to choose."""
-        if sizes.experts == 1:
-            return None
-        gate = argument("gate", (sizes.experts, sizes.k), "float32")
-        return cls(gate, argument("gate_bias", (sizes.experts,), "float32"))
+    chunks: Any
+    most: int
+    emit: Callable[[Any, Any, Put], None]
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """A task's own: what lies between two linears, and inputs by type, with scales of the rows."""
+    """A thread's own, for a task at a time.
+
+    Attributes:
+        hidden: What lies between two linears.
+        prepared, row_scale: The same by type, as the second one reads it, and scales of its codes.
+        weight: Of the results, where there is a router.
+        products: Of the products.
+    """
 
     hidden: Any
     prepared: dict[str, Any]
     row_scale: Any
+    weight: Any
     products: amx.Workspace
 
 
@@ -122,8 +105,7 @@ def mixture(sizes: Sizes, target: KernelTarget) -> tirx.PrimFunc:
     ``kernels.packing.pack_linear`` makes; residual and out ``(images, tokens, n)``.
 
     Each token passes through the expert that its router prefers, and is weighted by that one's
-    probability; through a single expert without either. Where all experts quantise what they read,
-    the router's pass over the tokens does it.
+    probability; through a single expert without either.
 
     Args:
         sizes: And forms.
@@ -131,147 +113,141 @@ def mixture(sizes: Sizes, target: KernelTarget) -> tirx.PrimFunc:
     """
 
     def declare(images: Any, tokens: Any) -> Callable[[], Tokens]:
-        m, k = images * tokens, sizes.k
-        given = argument("x", (images, tokens, k), "float32")
-        norm = argument("norm", (2 * k + 1,), "float32") if sizes.layer_norm else None
-        router = Router.declared(sizes)
+        given = argument("x", (images, tokens, sizes.k), "float32")
+        norm = argument("norm", (2 * sizes.k + 1,), "float32") if sizes.layer_norm else None
 
-        def emit() -> Tokens:
-            x = rows_of(given)
-            if router is None:
-                return Tokens(x, norm)
-            order = Order.workspace(m, sizes.experts)
-            codes, scale = codes_of(m, k) if sizes.all_quantise else (None, None)
-            with T.parallel(0, m) as token:
-                source, row = normalised(x, token, k, norm)
-                choose(source, row, k, router.gate, router.bias, order, token)
-                if codes is not None:
-                    quantise_row(source, row, k, codes, token, scale)
-            order.finish()
-            if codes is None:
-                return Tokens(x, norm, None, order)
-            return Tokens(codes, None, scale, order)
+        def emit(first: Any, count: Any, put: Put) -> None:
+            with T.serial(0, count) as offset:
+                token = first + offset
+                put(*normalised(rows_of(given), token, sizes.k, norm), token)
 
-        return emit
+        return lambda: Tokens(images * tokens, 1, emit)
 
     return through_experts(sizes, target, declare)
-
-
-def codes_of(m: Any, k: int) -> tuple[Any, Any]:
-    """Room for codes of all tokens and their scales."""
-    codes = T.alloc_buffer((m, -(-k // LANES) * LANES), "uint8", scope="global")
-    return codes, T.alloc_buffer((m,), "float32", scope="global")
 
 
 def through_experts(
     sizes: Sizes, target: KernelTarget, declare: Callable[[Any, Any], Callable[[], Tokens]]
 ) -> tirx.PrimFunc:
-    """A program that ends in experts: ``main(…, w, [scale,] bias, [offset,] …, [residual,] out)``.
+    """A program that ends in experts.
+
+    ``main(…, [gate, gate_bias,] w, [scale,] bias, [offset,] …, [residual,] out)``.
 
     Args:
         sizes: And forms.
         target: The CPU.
-        declare: ``declare(images, tokens)`` declares the arguments in front, and returns what emits
-            the tokens.
+        declare: ``declare(images, tokens)`` declares the arguments in front, and returns what makes
+            the tokens of them.
     """
     arithmetic = {form: fastest(form, target) for form in sizes.forms}
     llvm = {unit.llvm for unit, _ in arithmetic.values() if unit.llvm}
 
     def body() -> None:
         images, each = T.int32(), T.int32()
-        emit_tokens = declare(images, each)
+        tokens_of = declare(images, each)
+        router = Router.declared(sizes.experts, sizes.k)
         linears = []
         for place, form in enumerate(sizes.forms):
             step = place % len(sizes.widths)
             inputs, n = (sizes.k, *sizes.widths)[step], sizes.widths[step]
             fused = FORMS[form]["fused"]
             own = PanelProduct.declared(inputs, n, arithmetic[form], fused, f"_{place}")
-            linears.append(_Linear(own, fused))
+            linears.append(Linear(own, fused))
         shape = (images, each, sizes.widths[-1])
         added = argument("residual", shape, "float32") if sizes.residual else None
         out = argument("out", shape, "float32")
-        tokens = emit_tokens()
+        tokens = tokens_of()
         residual = None if added is None else rows_of(added)
         activation = gelu(target) if sizes.gelu else None
-        experts = _Experts(sizes, linears, activation, tokens, residual, rows_of(out))
-        _each_task(experts, images * each)
+        experts = _Experts(sizes, router, linears, activation, residual, rows_of(out))
+        share = tirx.floordiv(tokens.chunks + (sizes.threads - 1), sizes.threads)
+        with T.parallel(0, sizes.threads) as thread:
+            first = held(thread * share)
+            experts.emit(tokens, first, held(tirx.min(tokens.chunks - first, share)))
 
     return program(body, "\n".join(sorted(llvm)) or None)
 
 
-def _each_task(experts: _Experts, m: Any) -> None:
-    """Emits all tasks: one after the other those of the first expert, then the next one's."""
-    sizes, order = experts.sizes, experts.tokens.order
-    number, rows = sizes.experts, sizes.task_rows
-    begin, tasks = local(number + 1, "int32"), local(number + 1, "int32")
-    for limit in (begin, tasks):
-        T.buffer_store(limit, tirx.const(0, "int32"), [0])
-    for expert in range(number):
-        count = m if order is None else order.counts[expert]
-        T.buffer_store(begin, begin[expert] + count, [expert + 1])
-        own = tirx.floordiv(count + (rows - 1), rows)
-        T.buffer_store(tasks, tasks[expert] + own, [expert + 1])
-    with T.parallel(0, tasks[number]) as task:
-        memory = experts.memory()
-        for expert in range(number):
-            mine = tirx.And(task >= tasks[expert], task < tasks[expert + 1])
-            with T.If(mine), T.Then():
-                first = _held(begin[expert] + (task - tasks[expert]) * rows)
-                some = _held(tirx.min(begin[expert + 1] - first, tirx.const(rows, "int32")))
-                experts.emit(expert, memory, first, some)
-
-
-def _held(value: Any) -> Any:
-    """A number that is computed once."""
-    held = local(1, "int32")
-    T.buffer_store(held, value, [0])
-    return held[0]
-
-
 @dataclass(frozen=True)
 class _Experts:
-    """Their linears, what follows the first, what they read and where the last of them writes."""
+    """Their linears, what follows the first, and where the last of them writes."""
 
     sizes: Sizes
-    linears: Sequence[_Linear]
+    router: Router | None
+    linears: Sequence[Linear]
     activation: Callable[[Any], Any] | None
-    tokens: Tokens
     residual: Any
     out: Any
 
-    def memory(self) -> _Memory:
-        """Emits a task's own."""
-        rows, products = self.sizes.task_rows, [linear.product for linear in self.linears]
-        width = -(-max(product.padded_k for product in products) // LANES) * LANES
-        hidden = None
-        if len(self.sizes.widths) > 1:
-            padded = -(-self.sizes.widths[0] // PANEL) * PANEL
-            hidden = T.alloc_buffer((rows, padded), "float32", scope="global")
-        types = sorted({PREPARED[product.unit.group][0] for product in products})
-        prepared = {name: workspace((rows, width), name) for name in types}
-        return _Memory(hidden, prepared, local(rows), panel_rows.workspace(products))
+    def emit(self, tokens: Tokens, first: Any, chunks: Any) -> None:
+        """Emits a thread's tokens, a block after the other: into queues, then through experts.
 
-    def emit(self, expert: int, memory: _Memory, first: Any, some: Any) -> None:
-        """Emits an expert: its linears on some tokens from the first on, one after the other."""
-        depth = len(self.sizes.widths)
-        own = self.linears[expert * depth :][:depth]
+        What fills no task waits for more, but in the last block.
+        """
+        sizes, depth = self.sizes, len(self.sizes.widths)
+        each = max(1, sizes.block_rows // tokens.most)
+        room = (-(-each * tokens.most // sizes.task_rows) + 1) * sizes.task_rows
+        queues = ExpertQueues.empty(room, self.router, self.linears[::depth])
+        memory = self._memory()
+        with T.serial(0, tirx.floordiv(chunks + (each - 1), each)) as block:
+            left = held(chunks - block * each)
+            some = held(tirx.min(left, tirx.const(each, "int32")))
+            tokens.emit(first + block * each, some, queues.put)
+            for expert in range(sizes.experts):
+                own = self.linears[expert * depth :][:depth]
+                self._expert(own, expert, queues, memory, left == some)
+
+    def _expert(
+        self, own: Sequence[Linear], expert: int, queues: ExpertQueues, memory: _Memory, ends: Any
+    ) -> None:
+        """Emits a queue's way through its expert, some tokens at a time."""
+        rows = self.sizes.task_rows
+        count = held(queues.count[expert])
+        tasks = held(tirx.floordiv(count + tirx.Select(ends, rows - 1, 0), rows))
+        with T.serial(0, tasks) as task:
+            some = held(tirx.min(count - task * rows, tirx.const(rows, "int32")))
+            self._task(own, queues, memory, held(expert * queues.capacity + task * rows), some)
+        queues.drop(expert, held(tirx.min(tasks * rows, count)))
+
+    def _memory(self) -> _Memory:
+        """Emits it."""
+        rows, depth = self.sizes.task_rows, len(self.sizes.widths)
+        products = panel_rows.workspace([linear.product for linear in self.linears])
+        weight = workspace((-(-rows // LANES) * LANES,), "float32") if self.router else None
+        if depth == 1:
+            return _Memory(None, {}, None, weight, products)
+        hidden = workspace((rows, -(-self.sizes.widths[0] // PANEL) * PANEL), "float32")
+        second = self.linears[1::depth]
+        width = -(-max(linear.product.padded_k for linear in second) // LANES) * LANES
+        types = sorted({linear.dtype for linear in second} - {"float32"})
+        prepared = {dtype: workspace((rows, width), dtype) for dtype in types}
+        return _Memory(hidden, prepared, workspace((rows,), "float32"), weight, products)
+
+    def _task(
+        self, own: Sequence[Linear], queues: ExpertQueues, memory: _Memory, place: Any, some: Any
+    ) -> None:
+        """Emits an expert's linears on some tokens of its queue, one after the other."""
+        if self.router:
+            queues.weights(place, some, memory.weight)
         for linear in own:
             is_first, is_last = linear is own[0], linear is own[-1]
-            if is_first:
-                inputs = self._read(linear, memory, first, some)
-            else:
-                inputs = _read_hidden(linear, memory, some)
+            inputs, first, scale = queues.prepared[linear.dtype], place, queues.scale
+            if not is_first:
+                inputs, first = _read_hidden(linear, memory, some), tirx.const(0, "int32")
+                scale = memory.row_scale
             rows = Rows(
                 inputs,
-                tirx.const(0, "int32"),
+                first,
                 some,
                 self.sizes.task_rows,
                 self.sizes.tile_rows,
-                memory.row_scale.__getitem__ if "quantise" in linear.fused else None,
+                partial(_from, scale, first) if "quantise" in linear.fused else None,
                 self.activation if is_first else None,
-                self._weight(first) if is_last else None,
+                memory.weight.__getitem__ if is_last and self.router else None,
             )
-            write = partial(self._write, linear, first) if is_last else partial(_keep, memory)
+            write = partial(_keep, memory)
+            if is_last:
+                write = partial(self._write, linear, queues, place)
             with (
                 panel_rows.at_work(linear.product),
                 T.serial(0, linear.product.panels) as panel,
@@ -279,48 +255,22 @@ class _Experts:
                 finish = partial(write, panel)
                 panel_rows.multiply(linear.product, memory.products, rows, panel, finish)
 
-    def _read(self, linear: _Linear, memory: _Memory, first: Any, some: Any) -> Any:
-        """Some tokens side by side, as a first linear reads them."""
-        tokens, product = self.tokens, linear.product
-        prepared = memory.prepared[PREPARED[product.unit.group][0]]
-        with T.serial(0, some) as slot:
-            row = _held(self._place(first + slot))
-            if tokens.scale is None:
-                prepare_row(
-                    tokens.x,
-                    row,
-                    product.k,
-                    linear.fused,
-                    tokens.norm,
-                    prepared,
-                    slot,
-                    memory.row_scale,
-                )
-            else:
-                copy_row(tokens.x, row, product.padded_k, prepared, slot)
-                T.buffer_store(memory.row_scale, tokens.scale[row], [slot])
-        return prepared
-
-    def _place(self, token: Any) -> Any:
-        order = self.tokens.order
-        return token if order is None else order.rows[token]
-
-    def _weight(self, first: Any) -> Callable[[Any], Any] | None:
-        order = self.tokens.order
-        return None if order is None else lambda slot: order.probability[first + slot]
-
     def _write(
-        self, linear: _Linear, first: Any, panel: Any, slot: Any, vectors: list[Any]
+        self, linear: Linear, queues: ExpertQueues, place: Any, panel: Any, slot: Any, vectors: Any
     ) -> None:
-        row = _held(self._place(first + slot))
+        row = held(queues.token[place + slot])
         store_row(self.out, self.residual, row, panel, linear.product.n, vectors)
 
 
-def _read_hidden(linear: _Linear, memory: _Memory, some: Any) -> Any:
+def _from(buffer: Any, first: Any, slot: Any) -> Any:
+    return buffer[first + slot]
+
+
+def _read_hidden(linear: Linear, memory: _Memory, some: Any) -> Any:
     product, hidden = linear.product, memory.hidden
     if product.unit.group == 1:
         return hidden
-    prepared = memory.prepared[PREPARED[product.unit.group][0]]
+    prepared = memory.prepared[linear.dtype]
     with T.serial(0, some) as slot:
         prepare_row(hidden, slot, product.k, linear.fused, None, prepared, slot, memory.row_scale)
     return prepared

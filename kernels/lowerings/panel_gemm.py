@@ -33,7 +33,7 @@ from kernels.workload import Workload
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it.
 _STREAM_WEIGHT_BYTES = 512 * 1024
 # By AMX as many stay in a core's own cache beside the rows.
-_RESIDENT_WEIGHT_BYTES = 1280 * 1024
+RESIDENT_WEIGHT_BYTES = 1280 * 1024
 # Of a task by AMX.
 _MOST_BLOCKS, _MOST_PANELS = 4, 8
 # Rows are quantised or rounded as many at a time as stay in a cache until they are multiplied.
@@ -88,7 +88,7 @@ def amx_default_schedule(workload: Workload, target: KernelTarget) -> dict[str, 
     thread 1.14 times as fast with more than 256 outputs (48 shapes at random, 95 % of 1.10 to 1.18)
     and 1.02 with others (48; 1.00 to 1.03), on two 1.11 and 1.02; the slowest shape 0.90.
     """
-    if workload.weight_bytes > _RESIDENT_WEIGHT_BYTES or workload.code_bits < 8:
+    if workload.weight_bytes > RESIDENT_WEIGHT_BYTES or workload.code_bits < 8:
         # Each task brings its weights from afar, or decodes them: for many rows at once.
         blocks = _MOST_BLOCKS
     else:

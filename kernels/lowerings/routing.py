@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.lowerings.activations import normalised
-from kernels.lowerings.emit import LANES, argument, at, fill, lanes_total, local, program
+from kernels.lowerings.emit import (
+    ROUNDS,
+    argument,
+    at,
+    fill,
+    local,
+    program,
+    row_totals,
+    vector_type,
+)
 from kernels.targets import KernelTarget
+
+_EXP = [math.log(2) ** power / math.factorial(power) for power in range(7)]
 
 
 def top1_routing(k: int, experts: int, layer_norm: bool, target: KernelTarget) -> tirx.PrimFunc:
@@ -30,10 +43,12 @@ def top1_routing(k: int, experts: int, layer_norm: bool, target: KernelTarget) -
     def body() -> None:
         m = T.int32()
         x, gate, bias, norm = _given(m, k, experts, layer_norm)
-        order = Order.arguments(m, experts)
+        order = Order(m, experts)
         with T.parallel(0, m) as token:
             source, row = normalised(x, token, k, norm)
-            choose(source, row, k, gate, bias, order, token)
+            best, behind = choose(source, row, k, gate, bias)
+            T.buffer_store(order.choice, best, [token])
+            T.buffer_store(order.chosen, probability(behind, 1), [token])
         order.finish()
 
     return program(body)
@@ -49,38 +64,20 @@ def _given(m: Any, k: int, experts: int, layer_norm: bool) -> tuple[Any, Any, An
 
 
 class Order:
-    """The tokens in the order of their experts, as ``top1_routing`` has it.
+    """The tokens in the order of their experts, as the last arguments of a kernel.
 
     Args:
         m: Tokens.
-        rows, probability, counts: Where it goes.
+        experts: How many.
     """
 
-    def __init__(self, m: Any, rows: Any, probability: Any, counts: Any) -> None:
-        self.m, self.experts = m, int(counts.shape[0])
-        self.rows, self.probability, self.counts = rows, probability, counts
+    def __init__(self, m: Any, experts: int) -> None:
+        self.m, self.experts = m, experts
+        self.rows = argument("rows", (m,), "int32")
+        self.probability = argument("probability", (m,), "float32")
+        self.counts = argument("counts", (experts,), "int32")
         self.choice = T.alloc_buffer((m,), "int32", scope="global")
         self.chosen = T.alloc_buffer((m,), "float32", scope="global")
-
-    @classmethod
-    def arguments(cls, m: Any, experts: int) -> Order:
-        """For a kernel whose last arguments it is."""
-        return cls(
-            m,
-            argument("rows", (m,), "int32"),
-            argument("probability", (m,), "float32"),
-            argument("counts", (experts,), "int32"),
-        )
-
-    @classmethod
-    def workspace(cls, m: Any, experts: int) -> Order:
-        """For a kernel that goes on with it."""
-        return cls(
-            m,
-            T.alloc_buffer((m,), "int32", scope="global"),
-            T.alloc_buffer((m,), "float32", scope="global"),
-            T.alloc_buffer((experts,), "int32", scope="global"),
-        )
 
     def finish(self) -> None:
         """Emits a counting sort, which keeps the order of each expert's tokens."""
@@ -103,22 +100,19 @@ class Order:
             T.buffer_store(after, place + 1, [self.choice[token]])
 
 
-def choose(x: Any, row: Any, k: int, gate: Any, bias: Any, order: Order, token: Any) -> None:
-    """Emits the choice of one token.
+def choose(x: Any, row: Any, k: int, gate: Any, bias: Any) -> tuple[Any, list[Any]]:
+    """Emits the choice of one token: its expert, int32, and what ``probability`` needs of it.
 
     Args:
         x: fp32 ``(rows, k)``.
         row: Of x.
         k: Features.
         gate, bias: Of ``top1_routing``.
-        order: Takes the choice and its probability.
-        token: Which one it is.
     """
-    experts = order.experts
-    whole, logits = k // LANES * LANES, local(experts)
-    for expert in range(experts):
-        _logit(x, row, gate, bias, expert, whole, k, logits)
-    best, top, total = local(1, "int32"), local(1), local(1)
+    experts = int(gate.shape[0])
+    logits, best, top = local(experts), local(1, "int32"), local(1)
+    for expert, logit in enumerate(_logits(x, row, k, gate, bias)):
+        T.buffer_store(logits, logit, [expert])
     T.buffer_store(best, tirx.const(0, "int32"), [0])
     T.buffer_store(top, logits[0], [0])
     for expert in range(1, experts):
@@ -126,26 +120,56 @@ def choose(x: Any, row: Any, k: int, gate: Any, bias: Any, order: Order, token: 
         T.buffer_store(best, tirx.Select(higher, tirx.const(expert, "int32"), best[0]), [0])
         T.buffer_store(top, tirx.max(top[0], logits[expert]), [0])
     if experts == 2:
-        # exp(0) of the chosen one needs no call.
-        least = tirx.min(logits[0], logits[1])
-        T.buffer_store(total, T.float32(1) + tirx.exp(least - top[0]), [0])
-    else:
-        T.buffer_store(total, T.float32(0), [0])
-        for expert in range(experts):
-            T.buffer_store(total, total[0] + tirx.exp(logits[expert] - top[0]), [0])
-    T.buffer_store(order.choice, best[0], [token])
-    T.buffer_store(order.chosen, T.float32(1) / total[0], [token])
+        return best[0], [tirx.min(logits[0], logits[1]) - top[0]]
+    return best[0], [logits[expert] - top[0] for expert in range(experts)]
 
 
-def _logit(
-    x: Any, row: Any, gate: Any, bias: Any, expert: int, whole: int, k: int, logits: Any
-) -> None:
-    sums = local(LANES)
-    T.buffer_store(sums, fill(T.float32(0), LANES), [at(0, LANES)])
-    with T.serial(0, whole // LANES) as c:
-        where = at(c * LANES, LANES)
-        value = sums[at(0, LANES)] + x[row, where] * gate[expert, where]
-        T.buffer_store(sums, value, [at(0, LANES)])
-    T.buffer_store(logits, bias[expert] + lanes_total(sums, LANES), [expert])
-    for offset in range(whole, k):
-        T.buffer_store(logits, logits[expert] + x[row, offset] * gate[expert, offset], [expert])
+def remembered(experts: int) -> int:
+    """How many numbers ``choose`` gives ``probability``: of two, only how far one is behind."""
+    return 1 if experts == 2 else experts
+
+
+def probability(behind: Sequence[Any], lanes: int) -> Any:
+    """Emits the softmax of the chosen one, for as many tokens.
+
+    Args:
+        behind: Of ``choose``.
+        lanes: Tokens side by side.
+    """
+    total = fill(T.float32(1 if len(behind) == 1 else 0), lanes)
+    for logit in behind:
+        total = total + _exp(logit, lanes)
+    return fill(T.float32(1), lanes) / total
+
+
+def _exp(x: Any, lanes: int) -> Any:
+    """``exp(x)`` of x <= 0, to 2e-7, in vectors.
+
+    ``2^(n + f)``, n a whole number and f within half of one from 0, with the powers of f up to the
+    sixth.
+    """
+    power, rounded, total = local(lanes), local(lanes), local(lanes)
+    every = at(0, lanes)
+
+    def each(number: float) -> Any:
+        return fill(T.float32(number), lanes)
+
+    T.buffer_store(power, tirx.max(x * each(1 / math.log(2)), each(-126)), [every])
+    T.buffer_store(rounded, power[every] + each(ROUNDS), [every])
+    T.buffer_store(power, power[every] - (rounded[every] - each(ROUNDS)), [every])
+    T.buffer_store(total, each(_EXP[-1]), [every])
+    for coefficient in reversed(_EXP[:-1]):
+        T.buffer_store(total, total[every] * power[every] + each(coefficient), [every])
+    whole = tirx.reinterpret(vector_type("int32", lanes), rounded[every])
+    exponent = whole + fill(tirx.const(127, "int32"), lanes)
+    bits = tirx.shift_left(exponent, fill(tirx.const(23, "int32"), lanes))
+    return total[every] * tirx.reinterpret(vector_type("float32", lanes), bits)
+
+
+def _logits(x: Any, row: Any, k: int, gate: Any, bias: Any) -> list[Any]:
+    def term(expert: int) -> Callable[[Any, int], Any]:
+        return lambda offset, lanes: x[row, at(offset, lanes)] * gate[expert, at(offset, lanes)]
+
+    experts = range(int(gate.shape[0]))
+    totals = row_totals(k, [term(expert) for expert in experts])
+    return [bias[expert] + total for expert, total in zip(experts, totals)]

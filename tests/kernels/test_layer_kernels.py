@@ -87,7 +87,9 @@ def _flat(parts):
     return [tensor for part in parts for tensor in part]
 
 
-@pytest.mark.parametrize("images, height, width", [(2, 3, 9), (1, 1, 1), (3, 5, 4), (0, 2, 2)])
+@pytest.mark.parametrize(
+    "images, height, width", [(2, 3, 9), (1, 1, 1), (3, 5, 4), (0, 2, 2), (2, 30, 20)]
+)
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize(
     "forms",
@@ -206,18 +208,28 @@ def test_experts_take_tokens_of_any_layout():
             torch.testing.assert_close(out, expected + (0 if residual is None else tokens))
 
 
-def test_a_mixture_on_two_threads_and_in_ragged_tiles_is_the_same():
-    k, n, forms = 64, 48, ["mult_int8", "shift_int8"]
-    parts, router = _linears(forms, k, n), (torch.randn(2, k), torch.zeros(2))
-    for m in (3, 29, 200):
+@pytest.mark.parametrize(
+    "k, n, forms",
+    [
+        (64, 48, ["mult_int8", "shift_int8"]),
+        (40, 24, ["mult_int8", "shift_int4", "mult_int8"]),
+        # Weights that a core's cache does not keep: more tokens at a time.
+        (1024, 1536, ["mult_int8", "shift_int8"]),
+    ],
+)
+def test_a_mixture_is_the_same_on_any_threads_and_over_blocks(k, n, forms):
+    parts, experts = _linears(forms, k, n), len(forms)
+    router = (torch.randn(experts, k), torch.zeros(experts))
+    for m in (3, 29, 1300):
         x, found = torch.randn(m, k), []
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             set_threads(threads)
             found.append(
                 torch.ops.shiftadd.moe(x, None, *router, _flat(parts), forms, [k, n], False, None)
             )
         set_threads(1)
-        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        for other in found[1:]:
+            torch.testing.assert_close(found[0], other, rtol=0, atol=0)
         expected = _steps(x, None, router, parts, forms, [k, n], False, None)
         torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
 
