@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import expert_ops
 from kernels.expert_ops import experts_kernel
+from kernels.launches import repeated
 from kernels.torch_ops import get_threads
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
@@ -105,7 +106,7 @@ def _launch(
     packed = [tensor for linear in linears for tensor in linear.packed]
     norm = [] if first.norm is None else [first.norm]
     added = [] if residual is None else [residual.contiguous()[None]]
-    return partial(kernel, x[None], *norm, *packed, *added, x.new_empty(1, len(x), sizes[-1]))
+    return repeated(kernel, x[None], *norm, *packed, *added, x.new_empty(1, len(x), sizes[-1]))
 
 
 def dispatch_table(model: str, batch: int, costs: list[DispatchCost]) -> Table:

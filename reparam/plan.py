@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kernels.launches import repeated
 from kernels.torch_ops import get_threads, kernels_of_this_thread, set_threads
 from reparam.one_thread import torch_on_one_thread
 from reparam.plan_memory import Life, offsets
@@ -234,6 +235,8 @@ class _Pass:
 
 def _call(step: Step, placed: Callable[[Any], Any]) -> Callable[[], Any]:
     given, named, into = (tree_map(placed, each) for each in (step.given, step.named, step.into))
+    if step.is_kernel:
+        return repeated(step.run, *given)
     call = partial(step.run, *given, **named)
     if not into:
         return call

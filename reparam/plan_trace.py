@@ -41,12 +41,14 @@ class Step:
         given: Positional arguments.
         named: Others.
         into: Tensors that the results are copied to, where the call cannot write them itself.
+        is_kernel: Whether it is one of ours.
     """
 
     run: Callable[..., Any]
     given: tuple[Any, ...]
     named: Mapping[str, Any] = field(default_factory=dict)
     into: tuple[Tensor, ...] = ()
+    is_kernel: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -110,7 +112,7 @@ class _Watch(TorchDispatchMode):
 
     def launched(self, launch: Launch) -> None:
         """Notes a kernel of ours."""
-        self.steps.append(Step(*launch))
+        self.steps.append(Step(*launch, is_kernel=True))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
