@@ -108,7 +108,11 @@ def _arguments(grid: tuple[Any, ...], channels: int) -> tuple[Any, Any, Any]:
 def _blocks(grid: tuple[Any, ...]) -> Any:
     """Of some columns of a line each, in all images."""
     images, height, width = grid
-    return images * height * tirx.floordiv(width + (_COLUMNS - 1), _COLUMNS)
+    return images * height * _blocks_of_line(width)
+
+
+def _blocks_of_line(width: Any) -> Any:
+    return tirx.floordiv(width + (_COLUMNS - 1), _COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class _Block:
     def at(cls, index: Any, grid: tuple[Any, ...]) -> _Block:
         """Emits where one of ``_blocks`` lies."""
         _, height, width = grid
-        each = tirx.floordiv(width + (_COLUMNS - 1), _COLUMNS)
+        each = _blocks_of_line(width)
         number = held(tirx.floordiv(index, each))
         image, line = held(tirx.floordiv(number, height)), held(tirx.floormod(number, height))
         begin = held(tirx.floormod(index, each) * _COLUMNS)
@@ -155,19 +159,12 @@ def _convolved(
 
     def columns(first: Any, count: int, begin: Any) -> None:
         with T.serial(0, int(x.shape[3]) // LANES) as vector:
+
+            def finish(column: int, value: Any) -> None:
+                store(vector, begin + column, activation(value) if activation else value)
+
             place = (block.image, block.line, first)
-            _columns(
-                x,
-                weight,
-                bias,
-                grid,
-                place,
-                count,
-                vector,
-                lambda column, value: store(
-                    vector, begin + column, value if activation is None else activation(value)
-                ),
-            )
+            _columns(x, weight, bias, grid, place, count, vector, finish)
 
     with T.If(block.columns == _COLUMNS):
         with T.Then():

@@ -34,7 +34,7 @@ class Sizes:
 
     Attributes:
         block_rows: Tokens, at most, that a thread routes before it goes on with the experts.
-        task_rows: Of them, as many at a time as go through all of its linears.
+        task_rows: Of them, as many at a time as go through all of an expert's linears.
         tile_rows: Of them, as many at a time as vector registers hold sums of.
         threads: That share the tokens.
         k: Features of a token.
@@ -86,7 +86,7 @@ class _Memory:
         hidden: What lies between two linears.
         prepared, row_scale: The same by type, as the second one reads it, and scales of its codes.
         weight: Of the results, where there is a router.
-        products: Of the products.
+        products: What AMX's products need.
     """
 
     hidden: Any

@@ -32,7 +32,7 @@ from kernels.workload import Workload
 
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it.
 _STREAM_WEIGHT_BYTES = 512 * 1024
-# By AMX as many stay in a core's own cache beside the rows.
+# As many stay in a core's own cache, of 2 MiB, beside the rows.
 RESIDENT_WEIGHT_BYTES = 1280 * 1024
 # Of a task by AMX.
 _MOST_BLOCKS, _MOST_PANELS = 4, 8

@@ -143,7 +143,7 @@ def probability(behind: Sequence[Any], lanes: int) -> Any:
 
 
 def _exp(x: Any, lanes: int) -> Any:
-    """``exp(x)`` of x <= 0, to 2e-7, in vectors.
+    """``exp(x)`` of x <= 0, to 2e-7 of 1, in vectors.
 
     ``2^(n + f)``, n a whole number and f within half of one from 0, with the powers of f up to the
     sixth.

@@ -14,6 +14,7 @@ from kernels.build import compile_program, set_threads
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.emit import argument, at, program
 from kernels.lowerings.gelu import _by_pieces, gelu
+from kernels.lowerings.routing import probability
 from kernels.packing import pack_linear, quantise_weight
 from kernels.targets import cpu_target
 
@@ -194,6 +195,25 @@ def test_gelu_keeps_its_digits_over_the_whole_range(chip):
         # The quotient is as good as its own error, the pieces as the last place of 1/2.
         limit = 1.5e-7 if gelu(target) is _by_pieces else 5e-7
         assert ((out - expected).abs() <= limit * x.abs()).all()
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_a_probability_keeps_its_digits_however_far_the_others_are_behind(experts):
+    behind = -torch.cat([torch.zeros(16), torch.linspace(0, 200, 16 * 2001)]).view(-1, 16)
+
+    def body():
+        count = T.int32()
+        x, out = (argument(name, (count, 16), "float32") for name in ("x", "out"))
+        with T.parallel(0, count) as row:
+            logits = [x[row, at(0, 16)] for _ in range(experts - 1)]
+            # Of two the chosen one is left out, as ``choose`` does.
+            chosen = [] if experts == 2 else [T.broadcast(T.float32(0), 16)]
+            T.buffer_store(out, probability(chosen + logits, 16), [row, at(0, 16)])
+
+    out = torch.empty_like(behind)
+    compile_program(program(body), cpu_target())["main"](behind, out)
+    expected = 1 / (1 + (experts - 1) * behind.double().exp())
+    torch.testing.assert_close(out.double(), expected, rtol=5e-7, atol=0)
 
 
 def test_experts_take_tokens_of_any_layout():

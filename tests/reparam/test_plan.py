@@ -15,6 +15,7 @@ from kernels.build import get_threads, set_threads
 from kernels.launches import noted
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy
+from reparam.deployed_mlps import DeployedMoE
 from reparam.plan import Plan, launches_of, planned
 from reparam.plan_memory import Life, offsets
 from reparam.plan_trace import PlanError
@@ -125,6 +126,16 @@ def test_weights_that_are_written_in_place_are_followed():
     with torch.no_grad():
         model.head.bias.add_(1.0)
         torch.testing.assert_close(plan(x), before(x) + 1.0)
+        # Those of our kernels as well: a router, which then takes all tokens to the last expert, and
+        # that one's packed bias.
+        (mixture,) = (part for part in model.modules() if isinstance(part, DeployedMoE))
+        changed = plan(x)
+        for tensor in (mixture.gate_bias, mixture.linears[-1].packed[2]):
+            assert tensor.dtype == torch.float32
+            tensor.add_(torch.linspace(-9.0, 9.0, tensor.numel()))
+            previous, changed = changed, plan(x)
+            assert not torch.equal(changed, previous)
+            torch.testing.assert_close(changed, model(x), rtol=1e-3, atol=2e-2)
 
 
 def test_any_layers_of_torch_can_be_in_it():
