@@ -126,8 +126,8 @@ def test_weights_that_are_written_in_place_are_followed():
     with torch.no_grad():
         model.head.bias.add_(1.0)
         torch.testing.assert_close(plan(x), before(x) + 1.0)
-        # Those of our kernels as well: a router, which then takes all tokens to the last expert, and
-        # that one's packed bias.
+        # Those of our kernels as well: a router, which then sends all tokens to the last expert,
+        # and that one's packed bias.
         (mixture,) = (part for part in model.modules() if isinstance(part, DeployedMoE))
         changed = plan(x)
         for tensor in (mixture.gate_bias, mixture.linears[-1].packed[2]):
