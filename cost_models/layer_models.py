@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from cost_models.latency_table import LatencyTable, TableError
-from cost_models.overheads import LayerOverhead, beside_ms
+from cost_models.overheads import LayerOverhead
 from cost_models.training_rows import at_full_clock
 from cost_models.work import COUNTS, Work, WorkError
 from profiler.store import Measurement, full_clock
@@ -115,15 +115,14 @@ def _of_whole_cores(rows: list[Predicted]) -> list[Predicted]:
 def _left_out(rows: Sequence[Predicted]) -> list[Predicted]:
     found = []
     for name in dict.fromkeys(row.model for row in rows):
-        others = [row for row in rows if row.model != name]
-        costs = _costs(others) if others else {}
-        found += [
-            replace(one, predicted_ms=one.kernel_ms + beside_ms(costs, one.work.counts))
-            if others
-            else one
-            for one in rows
-            if one.model == name
-        ]
+        own, others = ([row for row in rows if (row.model == name) is one] for one in (True, False))
+        if others:
+            overhead = _overhead(others)
+            own = [
+                replace(one, predicted_ms=overhead.latency_ms(one.kernel_ms, one.work.counts))
+                for one in own
+            ]
+        found += own
     return found
 
 
@@ -133,15 +132,8 @@ def fit_overheads(predicted: Sequence[Predicted]) -> tuple[LayerOverhead, ...]:
     for one in predicted:
         groups.setdefault((one.row.kind, one.row.lowering), []).append(one)
     return tuple(
-        LayerOverhead(
-            kind=kind,
-            lowering=lowering,
-            costs_ms=_costs(rows),
-            rows=len(rows),
-            models=len({row.model for row in rows}),
-            mape=mape(rows),
-        )
-        for (kind, lowering), rows in sorted(groups.items())
+        _overhead(rows).model_copy(update={"mape": mape(rows)})
+        for _, rows in sorted(groups.items())
     )
 
 
@@ -155,15 +147,26 @@ def mape(predicted: Sequence[Predicted]) -> float | None:
     return float(100 * np.mean(errors)) if errors else None
 
 
-def _costs(rows: Sequence[Predicted]) -> dict[str, float]:
-    """Non-negative least squares on the relative error of the latency."""
+def _overhead(rows: Sequence[Predicted]) -> LayerOverhead:
+    """Non-negative least squares on the relative error of the latency of one kind and lowering."""
+    kind, lowering = rows[0].row.kind, rows[0].row.lowering
     measured = np.array([row.row.latency_ms for row in rows], dtype=float)
     # The weights of a layer that is launched over and over stay near, as far as there is room.
-    other = "far_weight_bytes" if rows[0].row.kind == "model" else "weight_bytes"
+    other = "far_weight_bytes" if kind == "model" else "weight_bytes"
     names = [name for name in COUNTS if name != other]
     counts = np.array([[row.work.counts.get(name, 0.0) for name in names] for row in rows])
-    left = 1 - np.array([row.kernel_ms for row in rows]) / measured
-    relative = counts / measured[:, None]
+    kernels = np.array([row.kernel_ms for row in rows])
+    # Between two launches of a layer nothing else passes through the caches.
+    slower = kernels if kind == "model" else np.zeros_like(kernels)
+    relative = np.column_stack([counts, slower]) / measured[:, None]
     scale = np.maximum(relative.max(axis=0), 1e-300)
-    costs = nnls(relative / scale, left)[0] / scale
-    return {name: float(cost) for name, cost in zip(names, costs) if cost > 0}
+    *costs, more = nnls(relative / scale, 1 - kernels / measured)[0] / scale
+    return LayerOverhead(
+        kind=kind,
+        lowering=lowering,
+        kernel_factor=1.0 + more,
+        costs_ms={name: float(cost) for name, cost in zip(names, costs) if cost > 0},
+        rows=len(rows),
+        models=len({row.model for row in rows}),
+        mape=None,
+    )

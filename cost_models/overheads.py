@@ -22,11 +22,13 @@ def beside_ms(costs_ms: Mapping[str, float], counts: Mapping[str, Number]) -> Nu
 class LayerOverhead(BaseModel):
     """What measured layers or models take beside their kernels.
 
-    ``latency = kernels + Σ cost · count`` over what ``cost_models.work.COUNTS`` names.
+    ``latency = factor · kernels + Σ cost · count`` over what ``cost_models.work.COUNTS`` names.
 
     Attributes:
         kind: ``layer`` or ``model``.
         lowering: Whose: ``deployed``, ``torch``, …; these are never mixed.
+        kernel_factor: How many times as long kernels take among others as launched over and over
+            on operands that stay near.
         costs_ms: Of one of each count; what is absent costs nothing.
         rows: Rows that it was fitted on.
         models: Models among them.
@@ -37,6 +39,7 @@ class LayerOverhead(BaseModel):
 
     kind: str
     lowering: str
+    kernel_factor: float = Field(default=1.0, ge=1)
     costs_ms: dict[str, Annotated[float, Field(ge=0)]]
     rows: int = Field(ge=1)
     models: int = Field(ge=1)
@@ -52,4 +55,4 @@ class LayerOverhead(BaseModel):
 
     def latency_ms(self, kernel_ms: Number, counts: Mapping[str, Number]) -> Number:
         """Latency of a layer or a model in ms."""
-        return kernel_ms + beside_ms(self.costs_ms, counts)
+        return self.kernel_factor * kernel_ms + beside_ms(self.costs_ms, counts)

@@ -17,6 +17,7 @@ from statistics import fmean
 import numpy as np
 
 from profiler.samples import CLOCK_RATE, FEWEST_BURSTS, Timing, TimingSettings, timing_of
+from profiler.store import Measurement
 
 # Names in ``Timing.details``: how many passes a figure is of, and how far their medians lie apart,
 # the largest over the least, less 1.
@@ -78,3 +79,12 @@ def _together(parts: Sequence[Timing]) -> Timing:
         stop_reason=unsure[0] if unsure else "precision",
         details=details,
     )
+
+
+def pass_lines(rows: Sequence[Measurement]) -> list[str]:
+    """How far the passes of a product lie apart; nothing where there was one only."""
+    spreads = [float(row.details[PASS_SPREAD] or 0) for row in rows if PASS_SPREAD in row.details]
+    if not spreads:
+        return []
+    half, most = np.quantile(spreads, (0.5, 0.9))
+    return [f"measured again a while later: half of the rows within {half:.1%}, 90 % {most:.1%}"]

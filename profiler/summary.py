@@ -6,12 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import geometric_mean, median
 
-import numpy as np
 from rich.table import Table
 
 from kernels.forms import FORMS
 from profiler.measurement import Measurement
-from profiler.passes import PASS_SPREAD
 
 
 def by_product(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
@@ -115,15 +113,6 @@ def noise_line(rows: Sequence[Measurement]) -> str:
     shown = " to ".join(f"{floor:.1%}" for floor in dict.fromkeys((floors[0], floors[-1])))
     hides = f"; it hides {hidden} of {len(speedups)} speed-ups" if speedups else ""
     return f"noise floor: {shown} (a kernel against itself){hides}"
-
-
-def pass_lines(rows: Sequence[Measurement]) -> list[str]:
-    """How far the passes of a product lie apart; nothing where there was one only."""
-    spreads = [float(row.details[PASS_SPREAD] or 0) for row in rows if PASS_SPREAD in row.details]
-    if not spreads:
-        return []
-    half, most = np.quantile(spreads, (0.5, 0.9))
-    return [f"measured again a while later: half of the rows within {half:.1%}, 90 % {most:.1%}"]
 
 
 def shared_lines(rows: Sequence[Measurement]) -> list[str]:

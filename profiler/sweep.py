@@ -35,6 +35,7 @@ from profiler.command_line import output_folder, run
 from profiler.measurement import Measurement
 from profiler.model_workloads import ModelError
 from profiler.noise import measure_noise_floor
+from profiler.passes import pass_lines
 from profiler.progress import console, track
 from profiler.rows import Product, measure
 from profiler.settings import Setting, config_for, remote_settings, settings_for
@@ -43,7 +44,6 @@ from profiler.summary import (
     headlines,
     noise_line,
     overhead_lines,
-    pass_lines,
     problems,
     shared_lines,
     summary_table,

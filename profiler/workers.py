@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from threading import Thread
 from typing import Any
 
 _LOOK_FOR_PARENT_S = 2.0
@@ -31,7 +33,6 @@ def one_each(work: Work, devices: Sequence[str], *arguments: Any) -> list[str]:
     workers, waiting = {}, set()
     for device in devices:
         ours, theirs = context.Pipe(duplex=False)
-        # Daemons end with this process, also when it is interrupted.
         workers[device] = context.Process(
             target=_work,
             args=(work, device, theirs, all_ready, *arguments),
@@ -58,4 +59,20 @@ def _work(work: Work, device: str, told: Connection, all_ready: Any, *arguments:
             if parent is None or not parent.is_alive():
                 raise SystemExit(1)
 
+    end_with_parent()
     work(device, ready, *arguments)
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it has ended, however that was killed.
+
+    A daemon is ended by a parent that ends by itself or by Ctrl-C, and by no other.
+    """
+    Thread(target=_follow_parent, name="end with parent", daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

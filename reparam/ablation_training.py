@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from cost_models.latency_table import LatencyTable
+from profiler.workers import end_with_parent
 from reparam.ablation_unit import Study, Unit, finished, train_unit
 from reparam.recipe import Recipe
 
@@ -43,8 +44,7 @@ def train_draws(study: Study, table: Path, units: Sequence[Unit], workers: int) 
         return
     study.console.print(f"training {len(draws)} draws, {workers} at a time")
     work = partial(_train_draw, study.recipe, table, study.data, study.out)
-    # Daemons: they end with this process, also when it is interrupted.
-    with get_context("spawn").Pool(workers) as pool:
+    with get_context("spawn").Pool(workers, initializer=end_with_parent) as pool:
         for draw in pool.imap_unordered(work, draws.values()):
             study.console.print(f"{draw}: trained")
 

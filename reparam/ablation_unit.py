@@ -131,12 +131,15 @@ def _file(study: Study, unit: Unit) -> Path:
 
 def _identity(study: Study, unit: Unit) -> dict[str, str]:
     if unit.variant in VARIANTS:
+        # Nothing of the others is asked of the table.
+        driven_by = {"latency_table": study.table.sha256}
         variant = VARIANTS[unit.variant].model_dump_json()
     else:
+        driven_by = {}
         variant = str(ATTENTIONS.get(unit.variant, ORIGINAL))
     return {
         "recipe": study.recipe.sha256,
-        "latency_table": study.table.sha256,
+        **driven_by,
         "variant": hashlib.sha256(variant.encode()).hexdigest(),
         "seed": str(unit.seed),
         "fold": json.dumps(unit.fold),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +36,7 @@ from cost_models.layer_models import predict_left_out
 from kernels.torch_ops import set_threads
 from profiler.command_line import BadInput, output_folder, run
 from profiler.device import cpu_info
+from profiler.passes import PASSES, pass_lines
 from profiler.samples import PRESETS, TimingSettings
 from profiler.store import Measurement, create_store
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
@@ -150,6 +151,8 @@ def main(
     if known is not None:
         set_threads(known.device.threads or threads)
         measured = measure_rows(models.split(","), batches, known, PRESETS[preset], folder)
+        for line in pass_lines([row for row in measured if row.kind != "primitive"]):
+            console.print(line)
         for printed in table_of(*predict_left_out(measured, known)):
             console.print(printed)
 
@@ -161,15 +164,22 @@ def measure_rows(
     settings: TimingSettings,
     folder: Path,
 ) -> list[Measurement]:
-    """Measures what the store in a folder does not hold yet; returns all of its rows."""
+    """Measures what the store in a folder does not hold yet; returns all of its rows.
+
+    What an interrupted run has stored counts as measured, though it be of fewer passes.
+    """
     store = create_store(folder / "measurements.sqlite")
-    for name in names:
-        original, deployed_at = prepared(name)
-        for images in batches:
-            case = Case(name, original, deployed_at(0.5), _example(original, images))
-            for row in measured_rows(case, table, settings, store.finished_keys()):
-                store.put(row)
-                console.print(f"{row.subject}, {row.lowering}: {row.reason or _ms(row)}")
+
+    def cases() -> Iterator[Case]:
+        for name in names:
+            original, deployed_at = prepared(name)
+            for images in batches:
+                yield Case(name, original, deployed_at(0.5), _example(original, images))
+
+    for row in measured_rows(cases, table, settings, store.finished_keys()):
+        store.put(row)
+        passes = row.details.get(PASSES, 1)
+        console.print(f"{row.subject}, {row.lowering}: {row.reason or _ms(row)}, passes: {passes}")
     rows = list(store.rows())
     store.close()
     return rows

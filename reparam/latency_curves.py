@@ -173,9 +173,12 @@ def latency_curves(
     """
 
     asked = cache(lookup)
+    around = whole or overhead
+    factor = around.kernel_factor if around is not None else 1.0
 
     def expert_ms(linears: list[Workload]) -> float:
-        return _total_ms(one for workload in linears for one in expert_kernels(workload, asked))
+        kernels = (one for workload in linears for one in expert_kernels(workload, asked))
+        return factor * _total_ms(kernels)
 
     all_tokens = {
         fqn: max(by_expert.values()) for fqn, by_expert in undecided(model, example).items()

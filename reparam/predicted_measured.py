@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from reparam.watched_work import work_of
 
 RUN = "predicted-versus-measured"
 SHARES = tuple(range(0, 101, 10))
-PASSES = 2
+PASSES = 3
 _NO_ENERGY = "only latency was asked for"
 
 
@@ -60,35 +60,43 @@ class Case:
 
 @dataclass(frozen=True)
 class _Group:
-    """What is timed in turns, and the rows that come of its timings."""
+    """What is timed in turns, by a name of its own, and the rows that come of its timings."""
 
+    name: str
     launches: Mapping[str, Callable[[], Any]]
     rows: Callable[[Mapping[str, Timing]], list[Measurement]]
 
 
 def measured_rows(
-    case: Case, table: LatencyTable, settings: TimingSettings, known: set[str]
+    cases: Callable[[], Iterable[Case]],
+    table: LatencyTable,
+    settings: TimingSettings,
+    known: set[str],
 ) -> Iterator[Measurement]:
     """One row for each share of each size of MoE layer, and one for each whole model.
 
-    All are measured in passes, as a sweep's products are.
+    All cases are gone through in passes, as a sweep's products are, so that the passes of a row lie
+    minutes apart. Each pass makes them anew: plans and where things lie in memory differ too.
 
     Args:
-        case: What to measure.
+        cases: Makes what to measure.
         table: For the sums over kernels that the rows carry.
         settings: How precisely.
         known: Keys of rows that need not be measured again.
+
+    Yields:
+        Each row after each pass, which takes the place of that of the pass before.
     """
     rate = partial(clock_rate, table.device.threads or 1)
-    groups = list(_groups(case, table, known))
-    passes: list[list[dict[str, Timing]]] = [[] for _ in groups]
-    with torch.no_grad():
-        for _ in range(PASSES):
-            for group, found in zip(groups, passes):
-                short = of_a_pass(settings, PASSES)
-                found.append(measure_interleaved(group.launches, short, clock_rate=rate))
-    for group, found in zip(groups, passes):
-        yield from group.rows(pool(found))
+    short = of_a_pass(settings, PASSES)
+    passes: dict[str, list[Mapping[str, Timing]]] = {}
+    for _ in range(PASSES):
+        for case in cases():
+            for group in _groups(case, table, known):
+                found = passes.setdefault(group.name, [])
+                with torch.no_grad():
+                    found.append(measure_interleaved(group.launches, short, clock_rate=rate))
+                yield from group.rows(pool(found))
 
 
 def _groups(case: Case, table: LatencyTable, known: set[str]) -> Iterator[_Group]:
@@ -100,7 +108,7 @@ def _groups(case: Case, table: LatencyTable, known: set[str]) -> Iterator[_Group
         subjects = {share: f"{subject}, {fqn}, {share} % shift" for share in SHARES}
         if not {_key("layer", text, "deployed", device) for text in subjects.values()} <= known:
             about = case.about | {"layer": fqn}
-            yield _shares(subjects, layer, args, kwargs, about, table)
+            yield _shares(f"{subject}, {fqn}", subjects, layer, args, kwargs, about, table)
 
 
 def _models(
@@ -118,10 +126,12 @@ def _models(
             found.append(_row("model", subject, name, table.device, timing, model, details))
         return found
 
-    return _Group({name: partial(run, case.example) for name, run in runs.items()}, rows)
+    launches = {name: partial(run, case.example) for name, run in runs.items()}
+    return _Group(subject, launches, rows)
 
 
 def _shares(
+    name: str,
     subjects: Mapping[int, str],
     layer: DeployedMoE,
     args: tuple[Any, ...],
@@ -147,7 +157,7 @@ def _shares(
     launches = {
         str(share): launches_of(partial(one, **kwargs), *args) for share, one in made.items()
     }
-    return _Group(launches, rows)
+    return _Group(name, launches, rows)
 
 
 def moe_sizes(

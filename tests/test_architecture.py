@@ -49,6 +49,7 @@ ALLOWED = {
         "profiler.store",
         "profiler.command_line",
         "profiler.whole_file",
+        "profiler.workers",
         "profiler.model_workloads",
         "cost_models.latency_table",
         "cost_models.layer_models",

@@ -207,6 +207,24 @@ def test_layers_are_charged_far_weights_and_models_all(measure, table):
         assert cost == (name, pytest.approx(1e-7, rel=1e-3))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.4])
+def test_kernels_are_slower_in_a_model_than_alone(measure, table, factor):
+    """And how much so is learned beside what each operator takes."""
+    rows = []
+    for name, times, operators in (("a", 1, 3), ("b", 2, 9), ("c", 4, 2), ("d", 3, 30)):
+        work = Work(
+            {one: n * times for one, n in PRODUCTS.items()}, {"operators": float(operators)}
+        )
+        ms = factor * kernels_ms(table, times) + 0.05 * operators
+        fields = {"kind": "model", "subject": name, "lowering": "deployed"}
+        details = {"model": name, **work.details()}
+        rows.append(measure(None, ms, device=table.device, details=details, **fields))
+    (found,) = fit_overheads(predict_left_out(rows, table)[0])
+    assert found.kernel_factor == pytest.approx(factor, rel=1e-3) and found.mape < 0.1
+    assert found.costs_ms == {"operators": pytest.approx(0.05, rel=1e-3)}
+    assert found.latency_ms(2.0, {"operators": 10}) == pytest.approx(2 * factor + 0.5, rel=1e-3)
+
+
 def test_a_plan_launches_no_operators():
     work = Work(PRODUCTS, {"calls": 1.0, "operators": 7.0, "routed": 3.0})
     assert work.planned == Work(PRODUCTS, {"routed": 3.0})

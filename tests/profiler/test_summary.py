@@ -3,7 +3,7 @@ from rich.console import Console
 
 from kernels.workload import attention, linear
 from profiler.device import DeviceInfo
-from profiler.passes import PASS_SPREAD
+from profiler.passes import PASS_SPREAD, pass_lines
 from profiler.roofline import roofline_share
 from profiler.store import Measurement
 from profiler.summary import (
@@ -12,7 +12,6 @@ from profiler.summary import (
     headlines,
     noise_line,
     overhead_lines,
-    pass_lines,
     problems,
     shared_lines,
     summary_table,

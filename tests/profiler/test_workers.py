@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from profiler.workers import one_each
@@ -32,6 +36,45 @@ def test_nobody_measures_before_everybody_has_built(tmp_path, devices):
     last_built = max(times["built"] for times in found.values())
     assert all(times["measuring"] >= last_built for times in found.values())
     assert len({times["pid"] for times in found.values()} | {os.getpid()}) == 3
+
+
+def never_ends(device, ready, folder):
+    (Path(folder) / device).write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
+
+
+STARTS = """
+import sys
+from test_workers import never_ends
+from profiler.workers import one_each
+if __name__ == "__main__":
+    one_each(never_ends, ("one", "other"), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent_however_that_is_killed(tmp_path, how):
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    folder = tmp_path / "started"
+    folder.mkdir()
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())])
+    command = [sys.executable, str(script), str(folder)]
+    parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths})
+    wait_until(lambda: all((folder / name).is_file() for name in ("one", "other")))
+    workers = [int((folder / name).read_text()) for name in ("one", "other")]
+    assert all(psutil.pid_exists(pid) for pid in workers)
+    parent.send_signal(how)
+    parent.wait()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers))
+
+
+def wait_until(holds, limit_s=60):
+    end = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
 
 
 def test_when_all_fail_all_are_named(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from brief_timing import BRIEF
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from test_finetune import TINY, table_of
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from reparam import ablation_unit
 from reparam.ablate import app, find_table
 from reparam.ablation_results import AblationResults, AblationRow, AblationUnit
 from reparam.ablation_summary import mean_interval, summarise
+from reparam.ablation_unit import Study, Unit, finished
 from reparam.ablation_variants import ATTENTIONS, PRESETS, VARIANTS, shift_share
 from reparam.latency_curves import token_grid
 from reparam.linear_attention import LinearProducts, linear_workloads, linearise_
@@ -91,6 +93,14 @@ def test_units_are_kept_and_only_missing_ones_are_made(folder, quick, monkeypatc
     (folder / "ablation" / "linear-seed0.json").unlink()
     assert invoke(folder, "--variants", names, "--seeds", "1").exit_code == 0
     assert made == ["linear"]
+
+    # Another table is a matter of those whose training or figures ask one.
+    _, recipe = load_recipe(str(folder / "tiny.toml"))
+    table = table_of([linear("mult_fp32", TOKENS, 16, 2)])
+    study = Study(recipe, table, None, folder, Console(quiet=True))
+    assert finished(study, Unit("original", 0)) and finished(study, Unit("linear", 0))
+    with pytest.raises(BadInput, match="latency_table: is of another run"):
+        finished(study, Unit("moe_expected", 0))
 
     path = folder / "tiny.toml"
     path.write_text(TINY.replace("lr = 3e-3", "lr = 2e-3"))

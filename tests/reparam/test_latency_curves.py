@@ -145,9 +145,8 @@ def test_a_model_without_routers_is_refused():
 def test_with_measured_models_the_latency_is_that_of_the_whole_deployed_model():
     model, example = make_model().eval(), torch.randn(3, 3, 32, 32)
     costs = {"calls": 0.5, "operators": 0.01, "elements": 1e-5, "routed_tokens": 1e-4}
-    whole = LayerOverhead(
-        kind="model", lowering="deployed", costs_ms=costs, rows=4, models=4, mape=5.0
-    )
+    fields = {"kind": "model", "lowering": "deployed", "rows": 4, "models": 4, "mape": 5.0}
+    whole = LayerOverhead(costs_ms=costs, kernel_factor=1.5, **fields)
     deployed = deploy(model)
     work = work_of(deployed, example)
     kernels_ms = sum(number * found.latency_ms for number, found in work.kernels(lookup))

@@ -37,11 +37,8 @@ def table():
 
 @pytest.fixture(scope="module")
 def rows(table):
-    return [
-        row
-        for one in (case("small", 1), case("large", 2))
-        for row in measured_rows(one, table, BRIEF, set())
-    ]
+    found = measured_rows(lambda: (case("small", 1), case("large", 2)), table, BRIEF, set())
+    return list({row.key: row for row in found}.values())
 
 
 def test_each_model_and_each_share_of_each_size_has_a_row(rows):
@@ -54,12 +51,12 @@ def test_each_model_and_each_share_of_each_size_has_a_row(rows):
     for row in rows:
         work = Work.of_details(row.details)
         assert row.details["kernel_ms"] > 0 and (work.experts or work.products)
-        assert row.details[PASSES] in (1, 2) and row.clock_rate > 0
+        assert 1 <= row.details[PASSES] <= 3 and row.clock_rate > 0
 
 
 def test_a_finished_row_is_not_measured_again(rows, table):
     known = {row.key for row in rows}
-    assert not list(measured_rows(case("small", 1), table, BRIEF, known))
+    assert not list(measured_rows(lambda: [case("small", 1)], table, BRIEF, known))
 
 
 def test_each_model_is_predicted_from_the_other_and_printed(rows, table):
