@@ -46,6 +46,9 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
         fuse: Whether the layer norms, residual sums and layer scales of its blocks go into the
             kernels too. Without, each layer stands where it stood and can be compared alone.
     """
+    if fuse:
+        # Before its weights are made, which then lie there too.
+        keep_freed_memory()
     deployed = _deployed(copy.deepcopy(model).eval(), fuse)
     if fuse:
         fuse_and_prepare_(deployed)
@@ -53,13 +56,9 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
 
 
 def fuse_and_prepare_(deployed: nn.Module) -> None:
-    """Fuses a model whose layers are deployed, and sets up what it runs in.
-
-    Torch has one thread while it runs, and the process keeps the memory that it frees.
-    """
+    """Fuses a model whose layers are deployed; torch has one thread while it runs."""
     fuse_(deployed)
     torch_on_one_thread_(deployed)
-    keep_freed_memory()
 
 
 def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> nn.Module:

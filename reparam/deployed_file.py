@@ -35,6 +35,7 @@ from reparam.deployed_mlps import (
     DeployedMlp,
     DeployedMoE,
 )
+from reparam.kept_memory import keep_freed_memory
 
 # What only fusing makes.
 _FUSED = (torch.fx.GraphModule, DeployedLayerNorm)
@@ -80,7 +81,9 @@ def load_deployed(path: str | Path) -> nn.Module:
     path = Path(path)
     try:
         content = json.loads(path.read_text())
-        tensors = load_file(path.with_suffix(".safetensors"))
+        keep_freed_memory()
+        # Out of the file's small pages.
+        tensors = {n: t.clone() for n, t in load_file(path.with_suffix(".safetensors")).items()}
     except (OSError, ValueError) as error:
         raise DeployedFileError(f"{path}: cannot be read ({error})") from error
     except Exception as error:  # safetensors has an error class of its own

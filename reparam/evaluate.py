@@ -43,6 +43,7 @@ from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
 from reparam.forced_dispatch import force_share_
+from reparam.kept_memory import keep_freed_memory
 from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
 from reparam.scaling import attention_sizes, measure_scaling
@@ -116,6 +117,8 @@ def main(
     device = cpu_info(threads)
     folder = output_folder(out)
     set_threads(threads)
+    # The originals too: before they are made.
+    keep_freed_memory()
     header = {
         "device": device,
         "command": shlex.join(["python", "-m", "reparam.evaluate", *sys.argv[1:]]),
