@@ -22,6 +22,7 @@ from reparam.accuracy import device_of, dispatch_shares, predict
 from reparam.checkpoints import load_state, load_tensors, save_tensors
 from reparam.data import Data
 from reparam.distributed import own_rows, place, replicated, row_weight, summed, wait_for_all
+from reparam.kept_memory import keep_freed_memory
 from reparam.kernelised_hashing import refit_hashing_
 from reparam.losses import LatencyObjective, latency_loss, objective_weight
 from reparam.recipe import Stage
@@ -97,6 +98,7 @@ def train(
     Raises:
         BadInput: If the checkpoint is of another run, or the loss is no longer finite.
     """
+    keep_freed_memory()
     optimiser = _optimiser(model, settings)
     identity = {**(identity or {}), "stage": stage, "seed": str(seed), "settings": repr(settings)}
     history: list[Epoch] = []
