@@ -115,7 +115,8 @@ def _of_whole_cores(rows: list[Predicted]) -> list[Predicted]:
 def _left_out(rows: Sequence[Predicted]) -> list[Predicted]:
     found = []
     for name in dict.fromkeys(row.model for row in rows):
-        own, others = ([row for row in rows if (row.model == name) is one] for one in (True, False))
+        own = [row for row in rows if row.model == name]
+        others = [row for row in rows if row.model != name]
         if others:
             overhead = _overhead(others)
             own = [
