@@ -14,11 +14,6 @@ from cost_models.work import COUNTS
 Number = Any
 
 
-def beside_ms(costs_ms: Mapping[str, float], counts: Mapping[str, Number]) -> Number:
-    """What so many of each count cost in ms; what has no cost, or no count, is left out."""
-    return sum(cost * counts[name] for name, cost in costs_ms.items() if name in counts)
-
-
 class LayerOverhead(BaseModel):
     """What measured layers or models take beside their kernels.
 
@@ -54,5 +49,7 @@ class LayerOverhead(BaseModel):
         return costs_ms
 
     def latency_ms(self, kernel_ms: Number, counts: Mapping[str, Number]) -> Number:
-        """Latency of a layer or a model in ms."""
-        return self.kernel_factor * kernel_ms + beside_ms(self.costs_ms, counts)
+        """Latency of a layer or a model in ms; what has no cost, or no count, is left out."""
+        costs = self.costs_ms.items()
+        beside_ms = sum(cost * counts[name] for name, cost in costs if name in counts)
+        return self.kernel_factor * kernel_ms + beside_ms

@@ -16,8 +16,8 @@ from statistics import fmean
 
 import numpy as np
 
+from profiler.measurement import Measurement
 from profiler.samples import CLOCK_RATE, FEWEST_BURSTS, Timing, TimingSettings, timing_of
-from profiler.store import Measurement
 
 # Names in ``Timing.details``: how many passes a figure is of, and how far their medians lie apart,
 # the largest over the least, less 1.
@@ -82,7 +82,7 @@ def _together(parts: Sequence[Timing]) -> Timing:
 
 
 def pass_lines(rows: Sequence[Measurement]) -> list[str]:
-    """How far the passes of a product lie apart; nothing where there was one only."""
+    """How far the passes of a row lie apart; nothing where there was one only."""
     spreads = [float(row.details[PASS_SPREAD] or 0) for row in rows if PASS_SPREAD in row.details]
     if not spreads:
         return []

@@ -79,9 +79,9 @@ def load_deployed(path: str | Path) -> nn.Module:
         DeployedFileError: If a file is missing, of another format, or its parts do not fit.
     """
     path = Path(path)
+    keep_freed_memory()
     try:
         content = json.loads(path.read_text())
-        keep_freed_memory()
         # Out of the file's small pages.
         tensors = {n: t.clone() for n, t in load_file(path.with_suffix(".safetensors")).items()}
     except (OSError, ValueError) as error:

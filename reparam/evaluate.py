@@ -128,7 +128,7 @@ def main(
         original, deployed_at = prepared(model)
         comparisons = []
         for images in batches:
-            example = _example(original, images)
+            example = example_of(original, images)
             ours = {f"deployed, {part} % shift": deployed_at(part / 100) for part in shares}
             console.print(f"{model}, batch {images}: compiling and measuring, in turns")
             comparisons.append(compare(model, original, ours, example, PRESETS[preset]))
@@ -137,7 +137,7 @@ def main(
     if dispatch:
         original, deployed_at = prepared(model)
         for images in batches:
-            case = Case(model, original, deployed_at(0.5), _example(original, images))
+            case = Case(model, original, deployed_at(0.5), example_of(original, images))
             console.print(f"{model}, batch {images}: measuring, in turns")
             for part in shares:
                 costs = list(dispatch_costs(case, part / 100, PRESETS[preset]))
@@ -154,8 +154,9 @@ def main(
     if known is not None:
         set_threads(known.device.threads or threads)
         measured = measure_rows(models.split(","), batches, known, PRESETS[preset], folder)
-        for line in pass_lines([row for row in measured if row.kind != "primitive"]):
-            console.print(line)
+        for kind in ("model", "layer"):
+            for line in pass_lines([row for row in measured if row.kind == kind]):
+                console.print(f"{kind}s, {line}")
         for printed in table_of(*predict_left_out(measured, known)):
             console.print(printed)
 
@@ -177,12 +178,12 @@ def measure_rows(
         for name in names:
             original, deployed_at = prepared(name)
             for images in batches:
-                yield Case(name, original, deployed_at(0.5), _example(original, images))
+                yield Case(name, original, deployed_at(0.5), example_of(original, images))
 
     for row in measured_rows(cases, table, settings, store.finished_keys()):
         store.put(row)
-        passes = row.details.get(PASSES, 1)
-        console.print(f"{row.subject}, {row.lowering}: {row.reason or _ms(row)}, passes: {passes}")
+        figure = row.reason or _ms(row)
+        console.print(f"{row.subject}, {row.lowering}: {figure}, passes: {row.details[PASSES]}")
     rows = list(store.rows())
     store.close()
     return rows
@@ -223,13 +224,14 @@ def prepared(name: str) -> tuple[nn.Module, Callable[[float], nn.Module]]:
 
     def deployed_at(share: float) -> nn.Module:
         deployed = deploy(converted)
-        force_share_(deployed, share, _example(original, 1))
+        force_share_(deployed, share, example_of(original, 1))
         return deployed
 
     return original, deployed_at
 
 
-def _example(model: nn.Module, images: int) -> torch.Tensor:
+def example_of(model: nn.Module, images: int) -> torch.Tensor:
+    """Random images of the size that timm has a model for, ``(images, c, h, w)``."""
     return torch.randn(images, *resolve_data_config({}, model=model)["input_size"])
 
 

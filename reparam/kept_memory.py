@@ -4,7 +4,8 @@ glibc gives freed memory at the top of its heap, and large arrays at once, back 
 next forward pass faults it in again, page by page: of pvt_v2_b0 with 8 images 22,000 faults a pass,
 a fifth to a third of its time. And weights and activations in pages of 4 KiB are more than a core
 finds the addresses of by itself: looking them up takes a twentieth to a sixth of a pass on a
-virtual machine, which looks up twice. Torch's originals are spared all that as well.
+virtual machine, which looks up twice (``tests/prove/huge_pages.py``). Torch's originals are spared
+all that as well.
 
 Source: mallopt(3), madvise(2).
 """
@@ -27,7 +28,7 @@ _PIECE, _SMALL_PIECE = 1 << 30, 16 << 20
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Has this process keep what it frees, for all that it allocates from now on.
+    """Has this process keep what it frees, and lie in huge pages with all it allocates from now on.
 
     Returns:
         Whether the C library can; one that is not glibc may not.

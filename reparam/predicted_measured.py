@@ -97,6 +97,8 @@ def measured_rows(
                 with torch.no_grad():
                     found.append(measure_interleaved(group.launches, short, clock_rate=rate))
                 yield from group.rows(pool(found))
+        if not passes:
+            break  # all is known
 
 
 def _groups(case: Case, table: LatencyTable, known: set[str]) -> Iterator[_Group]:

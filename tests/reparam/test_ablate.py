@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from statistics import fmean
 
+import psutil
 import pytest
 import torch
 from brief_timing import BRIEF
@@ -120,6 +124,29 @@ def test_seeds_trained_side_by_side_are_the_same(folder, quick):
     for name in ("original", "add", "moe_balance"):
         one, other = (folder / f"by-{n}" / "seed1" / f"{name}.safetensors" for n in "12")
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_trainings_side_by_side_end_with_a_parent_that_is_killed(folder):
+    path = folder / "tiny.toml"
+    path.write_text(TINY.replace("epochs = 2", "epochs = 100000", 1))
+    command = [sys.executable, "-m", "reparam.ablate", "--recipe", str(path), "--out", str(folder)]
+    command += ["--variants", "moe_balance", "--seeds", "2", "--workers", "2"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = [folder / "ablation" / f"seed{n}" / "training.csv" for n in range(2)]
+    wait_until(lambda: all(log.is_file() for log in logs))
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+
+
+def wait_until(holds, limit_s=120):
+    end = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.1)
 
 
 def test_bad_input_is_named_before_anything_is_written(folder, tmp_path):
