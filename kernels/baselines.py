@@ -90,7 +90,7 @@ def _dynamic_weight(operands: Operands) -> tuple[Any, ...]:
 
 
 def _linear_dynamic(x: Tensor, packed: object, out: Tensor) -> None:
-    out.copy_(torch.ops.quantized.linear_dynamic(x, packed, False))
+    out.copy_(torch.ops.quantized.linear_dynamic(x, packed, True))
 
 
 def _attention(operands: Operands) -> tuple[Tensor, ...]:

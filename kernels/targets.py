@@ -30,10 +30,12 @@ class KernelTarget:
         chip: LLVM's CPU name, ``generic`` for the plain form, or ``sm_XY``.
         vector_registers: Architectural vector registers (CPU), 0 for CUDA.
         vector_bits: Width of one.
-        dot_product: ``vpdpbusd.512`` or ``generic``: how four int8 products are summed into int32.
+        byte_dot_bits: Of the registers of which one instruction sums products of four bytes each
+            into int32 (VNNI); 0 without.
+        byte_bits: Of those whose bytes are multiplied and added in pairs, and looked up in tables
+            of 16, by one instruction (SSSE3, AVX2, AVX-512BW); 0 without.
         amx: True where tiles of 16 rows are multiplied by one instruction (AMX-INT8, AMX-BF16).
         bf16_dot: True where one instruction sums products of bf16 pairs into fp32 (AVX512-BF16).
-        byte_table: True where one instruction looks up 64 bytes in tables of 16 (AVX-512BW).
         triple: LLVM's name of another machine to compile for; None for this one.
     """
 
@@ -41,9 +43,9 @@ class KernelTarget:
     chip: str
     vector_registers: int = 0
     vector_bits: int = 0
-    dot_product: str = "generic"
+    byte_dot_bits: int = 0
+    byte_bits: int = 0
     triple: str | None = None
-    byte_table: bool = False
     bf16_dot: bool = False
     amx: bool = False
 
@@ -109,15 +111,15 @@ def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarg
         return all(bool(codegen.target_has_features(feature, probe)) for feature in features)
 
     if has("avx512f"):
-        dot = "vpdpbusd.512" if has("avx512vnni") else "generic"
-        table, bf16 = has("avx512bw"), has("avx512bf16")
+        dot, pair = 512 if has("avx512vnni") else 0, 512 if has("avx512bw") else 256
         amx = has("amx-int8", "amx-bf16") and chip == host_chip() and triple is None
-        return KernelTarget("llvm", chip, 32, 512, dot, triple, table, bf16, amx and may_use_amx())
+        amx = amx and may_use_amx()
+        return KernelTarget("llvm", chip, 32, 512, dot, pair, triple, has("avx512bf16"), amx)
     if has("avx2"):
-        return KernelTarget("llvm", chip, 16, 256, "generic", triple)
+        return KernelTarget("llvm", chip, 16, 256, 256 if has("avxvnni") else 0, 256, triple)
     if has("neon"):
         return KernelTarget("llvm", chip, 32, 128, triple=triple)
-    return KernelTarget("llvm", chip, 16, 128, triple=triple)
+    return KernelTarget("llvm", chip, 16, 128, byte_bits=128 if has("ssse3") else 0, triple=triple)
 
 
 @functools.cache

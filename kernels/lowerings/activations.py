@@ -71,13 +71,13 @@ def _each_vector(k: int, emit: Any) -> None:
 
 
 def quantise_row(x: Any, row: Any, k: int, codes: Any, slot: Any, row_scale: Any) -> None:
-    """Emits ``kernels.packing.quantise_rows`` for one row; codes are stored plus 128.
+    """Emits ``kernels.packing.quantise_rows`` for one row.
 
     Args:
         x: fp32 ``(m, k)``.
         row: Of x.
         k: Inputs.
-        codes: uint8, the row's codes go to ``codes[slot]``.
+        codes: int8, or uint8 for codes plus 128; the row's go to ``codes[slot]``.
         slot: Row of the workspace.
         row_scale: fp32, the row's scale goes to ``row_scale[slot]``.
     """
@@ -89,8 +89,10 @@ def quantise_row(x: Any, row: Any, k: int, codes: Any, slot: Any, row_scale: Any
 
     def code(offset: Any, lanes: int) -> None:
         scaled = tirx.nearbyint(x[row, at(offset, lanes)] * fill(inverse[0], lanes))
-        shifted = tirx.Cast(vector_type("int32", lanes), scaled) + _i32(128, lanes)
-        byte = tirx.Cast(vector_type("uint8", lanes), shifted)
+        whole = tirx.Cast(vector_type("int32", lanes), scaled)
+        if codes.dtype == "uint8":
+            whole = whole + _i32(128, lanes)
+        byte = tirx.Cast(vector_type(codes.dtype, lanes), whole)
         T.buffer_store(codes, byte, [slot, at(offset, lanes)])
 
     _each_vector(k, code)

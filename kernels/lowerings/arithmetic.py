@@ -15,8 +15,7 @@ ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "mult_int8": mult.dot,
     "shift_fp32": shift.panels,
     "shift_bf16": shift.pairs,
-    # ±2^p held as int8 in the integer dot product: mult's kernel to the instruction.
-    "shift_int8": mult.dot,
+    "shift_int8": shift.dot,
     "shift_int8_wide": shift.planes,
     "shift_int4": shift.nibbles,
 }

@@ -16,7 +16,7 @@ from tvm import tirx
 
 from kernels.lowerings.activations import copy_row, prepare_row
 from kernels.lowerings.emit import LANES, argument, at, held, local, workspace
-from kernels.lowerings.panel_product import PREPARED, PanelProduct
+from kernels.lowerings.panel_product import PanelProduct
 from kernels.lowerings.routing import choose, probability, remembered
 
 
@@ -46,7 +46,7 @@ class Linear:
     @property
     def dtype(self) -> str:
         """Type of what it reads."""
-        return PREPARED[self.product.unit.group][0]
+        return self.product.unit.inputs
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
+from kernels.lowerings.byte_dot import ByteDot, byte_dot
 from kernels.lowerings.emit import LANES, fill
-from kernels.packing import BF16_GROUP, DOT_GROUP
+from kernels.packing import BF16_GROUP, DOT_GROUP, INT8_MAX
 from kernels.targets import KernelTarget
 
 # TVM widens every bfloat16 operand to fp32 before LLVM sees it, also those of an instruction that
@@ -39,6 +40,7 @@ class Unit:
 
     Attributes:
         group: Neighbouring inputs that one step consumes.
+        inputs: Type that it reads them as: codes as int8, or 128 more as uint8; bf16 as int16.
         total: Type of the sums.
         weights: Type of a vector of ``LANES * group`` weights, as ``multiply`` takes it.
         multiply: ``multiply(sums, x, weights)``: sums and x are ``LANES`` wide; x holds the
@@ -48,6 +50,7 @@ class Unit:
     """
 
     group: int
+    inputs: str
     total: str
     weights: str
     multiply: Callable[[Any, Any, Any], Any]
@@ -61,21 +64,16 @@ def _i32(value: int) -> Any:
 
 def fma() -> Unit:
     """fp32 += fp32 × fp32."""
-    return Unit(1, "float32", "float32", lambda sums, x, weights: sums + x * weights)
+    return Unit(1, "float32", "float32", "float32", lambda sums, x, weights: sums + x * weights)
 
 
-def int8_dot(target: KernelTarget) -> Unit:
-    """int32 += uint8 × int8, four a lane, without saturation.
+def int8_dot(target: KernelTarget, largest_weight: int = INT8_MAX) -> Unit:
+    """int32 += int8 × int8, or uint8 × int8, four a lane, without saturation.
 
-    Source:
-        Intel SDM, VPDPBUSD.
+    Args:
+        target: The CPU.
+        largest_weight: In magnitude; small ones are multiplied faster where there is no VNNI.
     """
-
-    def instruction(sums: Any, x: Any, weights: Any) -> Any:
-        spread = tirx.reinterpret("uint8x64", x)
-        return T.call_llvm_pure_intrin(
-            "int32x16", "llvm.x86.avx512.vpdpbusd.512", sums, spread, weights
-        )
 
     def arithmetic(sums: Any, x: Any, weights: Any) -> Any:
         lanes = tirx.reinterpret("int32x16", weights)
@@ -85,8 +83,8 @@ def int8_dot(target: KernelTarget) -> Unit:
             sums = sums + code * tirx.shift_right(up, _i32(24))
         return sums
 
-    has = target.dot_product == "vpdpbusd.512"
-    return Unit(DOT_GROUP, "int32", "int8", instruction if has else arithmetic)
+    found = byte_dot(target, largest_weight) or ByteDot("uint8", arithmetic)
+    return Unit(DOT_GROUP, found.inputs, "int32", "int8", found.multiply)
 
 
 def bf16_dot(target: KernelTarget) -> Unit:
@@ -111,8 +109,8 @@ def bf16_dot(target: KernelTarget) -> Unit:
         return sums
 
     if target.bf16_dot:
-        return Unit(BF16_GROUP, "float32", "int16", instruction, _LLVM_BF16)
-    return Unit(BF16_GROUP, "float32", "int16", arithmetic)
+        return Unit(BF16_GROUP, "int16", "float32", "int16", instruction, _LLVM_BF16)
+    return Unit(BF16_GROUP, "int16", "float32", "int16", arithmetic)
 
 
 def _by_tiles(sums: Any, x: Any, weights: Any) -> Any:
@@ -125,7 +123,7 @@ def amx_int8(target: KernelTarget) -> Unit:
     Source:
         Intel SDM, TDPBUSD.
     """
-    return Unit(DOT_GROUP, "int32", "int8", _by_tiles, amx="tdpbusd")
+    return Unit(DOT_GROUP, "uint8", "int32", "int8", _by_tiles, amx="tdpbusd")
 
 
 def amx_bf16(target: KernelTarget) -> Unit:
@@ -134,4 +132,4 @@ def amx_bf16(target: KernelTarget) -> Unit:
     Source:
         Intel SDM, TDPBF16PS (rounds to nearest even, takes denormals for zero).
     """
-    return Unit(BF16_GROUP, "float32", "int16", _by_tiles, amx="tdpbf16ps")
+    return Unit(BF16_GROUP, "int16", "float32", "int16", _by_tiles, amx="tdpbf16ps")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import tvm.script.ir_builder.tirx as T
-from tvm import tirx
+from tvm import DataType, tirx
 
 from kernels.lowerings import panel_rows
 from kernels.lowerings.activations import prepare_row
@@ -19,7 +19,6 @@ from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles, workspace
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import (
-    PREPARED,
     VECTORS,
     Arithmetic,
     PanelProduct,
@@ -210,7 +209,7 @@ def _prepared(
 ) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Within a loop over blocks: (first row, rows, workspace, scales of its rows or None)."""
     k, fused, padded = workload.k, workload.fused, given.product.padded_k
-    element, width = PREPARED[given.product.unit.group]
+    element, width = given.product.unit.inputs, DataType(given.product.unit.inputs).itemsize
     # An odd number of cache lines apart, neighbouring rows share no set of the first cache: 1024³
     # by AMX took 10 % less so.
     lines = -(-padded * width // _LINE_BYTES)

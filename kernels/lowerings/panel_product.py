@@ -11,15 +11,9 @@ from tvm import tirx
 
 from kernels.lowerings.emit import LANES, argument, at, fill, local, spans
 from kernels.lowerings.inner_product import Unit
-from kernels.packing import BF16_GROUP, DOT_GROUP, PANEL
+from kernels.packing import PANEL
 
 VECTORS = PANEL // LANES
-# What a unit reads its inputs as, by the size of its group: type and bytes.
-PREPARED: dict[int, tuple[str, int]] = {
-    1: ("float32", 4),
-    BF16_GROUP: ("int16", 2),
-    DOT_GROUP: ("uint8", 1),
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Rows:
     """Rows that are multiplied with a panel, and what follows; each is counted from the first.
 
     Attributes:
-        buffer: Where they lie, in the type of ``PREPARED``, in whole groups.
+        buffer: Where they lie, as the unit reads them, in whole groups.
         first: Of them.
         count: How many, symbolic.
         most: How many there can be.
@@ -84,8 +78,8 @@ class Rows:
 class PanelProduct:
     """A linear of k inputs and n outputs whose weights are arguments of a kernel.
 
-    int8 codes are multiplied as unsigned bytes; what the shift by 128 adds, ``offset[plane, n]``,
-    is taken off at the end.
+    Most units multiply codes as unsigned bytes, 128 more than they are; what that adds,
+    ``offset[plane, n]``, is taken off at the end.
 
     Attributes:
         k, n: Inputs and outputs.
@@ -187,7 +181,8 @@ class PanelProduct:
         for index, plane in enumerate(sums):
             if self.offset is not None:
                 own = channel + index * self.panels * PANEL if index else channel
-                plane = tirx.Cast(f"float32x{LANES}", plane - self.offset[own])
+                exact = plane - self.offset[own] if self.unit.inputs == "uint8" else plane
+                plane = tirx.Cast(f"float32x{LANES}", exact)
             weighted = plane
             if index:
                 weighted = plane * fill(T.float32(self.stored.factor**index), LANES)

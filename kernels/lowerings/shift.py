@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
+from kernels.lowerings.byte_dot import byte_table
 from kernels.lowerings.emit import LANES, fill
 from kernels.lowerings.inner_product import Unit, amx_bf16, amx_int8, bf16_dot, fma, int8_dot
 from kernels.lowerings.panel_product import Arithmetic, Stored
@@ -18,6 +18,7 @@ from kernels.targets import KernelTarget
 _RUN = LANES * DOT_GROUP
 _FP32_MANTISSA_BITS = 23
 _BF16_MANTISSA_BITS = 7
+_small_dot = partial(int8_dot, largest_weight=1 << PLANE_EXPONENTS - 1)
 
 
 def _to_float(bits: int, lanes: int, mantissa_bits: int, codes: Any) -> Any:
@@ -59,14 +60,6 @@ def pairs(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = bf16_dot)
 amx_pairs = partial(pairs, unit=amx_bf16)
 
 
-def _table(target: KernelTarget, entries: list[int], index: Any) -> Any:
-    """int8x64 of ``entries[index]``, index in 0..15: one instruction in registers."""
-    row = tirx.Shuffle([tirx.const(e, "int8") for e in entries], _places(16))
-    copies = _RUN // 16
-    table = tirx.Shuffle([row] * copies, _places(_RUN))
-    return T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.pshuf.b.512", table, index)
-
-
 def _places(count: int) -> list[Any]:
     return [tirx.const(i, "int32") for i in range(count)]
 
@@ -87,16 +80,21 @@ def _from_nibbles(target: KernelTarget, packed: Any) -> Any:
     low = tirx.bitwise_and(packed, fill(tirx.const(15, "uint8"), NIBBLE_RUN // 2))
     high = tirx.shift_right(packed, fill(tirx.const(4, "uint8"), NIBBLE_RUN // 2))
     codes = tirx.Shuffle([low, high], _places(NIBBLE_RUN))
-    if target.byte_table:
+    if target.byte_bits:
         values = [sign * (1 << p & 127) for sign in (1, -1) for p in range(8)]
-        return _table(target, values, tirx.reinterpret("int8x64", codes))
+        return byte_table(target, values, tirx.reinterpret("int8x64", codes))
     wide = tirx.Cast("int32x64", codes)
     magnitude = _power(tirx.bitwise_and(wide, _every(7)), 0)
     sign = _every(1) - _every(2) * tirx.shift_right(wide, _every(3))
     return tirx.Cast("int8x64", magnitude * sign)
 
 
-def nibbles(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = int8_dot) -> Arithmetic:
+def dot(target: KernelTarget) -> Arithmetic:
+    """±2^p held as int8: with VNNI mult's kernel to the instruction, without it a faster one."""
+    return Arithmetic(_small_dot(target), Stored("int8", LANES * DOT_GROUP))
+
+
+def nibbles(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = _small_dot) -> Arithmetic:
     """Codes of four bits, looked up in registers on their way to the dot product.
 
     Half of the weight traffic of int8 for one look-up a panel row and tile.
@@ -113,11 +111,11 @@ def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
 
     def decode(codes: Any) -> Any:
         exponent = tirx.bitwise_and(codes, _every(15, "int8"))
-        if target.byte_table:
+        if target.byte_bits:
             first = plane * PLANE_EXPONENTS
             within = range(first, first + PLANE_EXPONENTS)
             entries = [1 << p - first if p in within else 0 for p in range(16)]
-            magnitude = _table(target, entries, exponent)
+            magnitude = byte_table(target, entries, exponent)
         else:
             magnitude = tirx.Cast("int8x64", _power(tirx.Cast("int32x64", exponent), plane))
         # All ones where the sign is set: flipping all bits and adding one negates.
@@ -127,7 +125,7 @@ def _from_plane(target: KernelTarget, plane: int) -> Callable[[Any], Any]:
     return decode
 
 
-def planes(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = int8_dot) -> Arithmetic:
+def planes(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = _small_dot) -> Arithmetic:
     """Fourteen exponents in one-byte codes: two dot products, of the small and the large powers."""
     decoders = tuple(_from_plane(target, plane) for plane in range(2))
     stored = Stored("int8", _RUN, decoders, 2.0**PLANE_EXPONENTS)

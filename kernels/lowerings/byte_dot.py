@@ -1,0 +1,131 @@
+"""int32 += uint8 × int8, four a lane, by what each generation of x86 has for it.
+
+From VNNI on one instruction does it. Before, two neighbouring products are added in 16 bits, which
+saturate: two of an unsigned byte and of a weight of at most 64 fit (powers of two in int8 are no
+larger), two with a weight of 127 do not. For those the sign of the input goes to the weight, and
+the input's magnitude is at most 127: one instruction more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import tvm.script.ir_builder.tirx as T
+from tvm import tirx
+
+from kernels.lowerings.emit import LANES, fill
+from kernels.packing import DOT_GROUP
+from kernels.targets import KernelTarget
+
+# Two products of an unsigned byte and of a weight no larger fit 16 bits.
+LARGEST_SMALL_WEIGHT = (2**15 - 1) // (2 * 255)
+# LLVM's names, by the bits of a register. AVX-512 has no PSIGNB.
+_PMADDUBSW = {
+    128: "llvm.x86.ssse3.pmadd.ub.sw.128",
+    256: "llvm.x86.avx2.pmadd.ub.sw",
+    512: "llvm.x86.avx512.pmaddubs.w.512",
+}
+_PMADDWD = {
+    128: "llvm.x86.sse2.pmadd.wd",
+    256: "llvm.x86.avx2.pmadd.wd",
+    512: "llvm.x86.avx512.pmaddw.d.512",
+}
+_PSIGNB = {128: "llvm.x86.ssse3.psign.b.128", 256: "llvm.x86.avx2.psign.b"}
+_PSHUFB = {
+    128: "llvm.x86.ssse3.pshuf.b.128",
+    256: "llvm.x86.avx2.pshuf.b",
+    512: "llvm.x86.avx512.pshuf.b.512",
+}
+_VPDPBUSD = {256: "llvm.x86.avx512.vpdpbusd.256", 512: "llvm.x86.avx512.vpdpbusd.512"}
+_CODES = LANES * DOT_GROUP
+
+
+class ByteDot(NamedTuple):
+    """``multiply(sums, x, weights)``: int32x16, int32x16 of four bytes each, and int8x64.
+
+    Attributes:
+        inputs: ``int8``, or ``uint8``: type of the bytes of x.
+        multiply: Emits it.
+    """
+
+    inputs: str
+    multiply: Callable[[Any, Any, Any], Any]
+
+
+def byte_dot(target: KernelTarget, largest_weight: int) -> ByteDot | None:
+    """The fastest that a target has for weights no larger; None where it has nothing for it."""
+    if bits := target.byte_dot_bits:
+        return ByteDot("uint8", partial(_by_one, bits))
+    if not (bits := target.byte_bits):
+        return None
+    if largest_weight <= LARGEST_SMALL_WEIGHT:
+        return ByteDot("uint8", partial(_by_pairs, bits))
+    return ByteDot("int8", partial(_by_signed_pairs, min(bits, max(_PSIGNB))))
+
+
+def byte_table(target: KernelTarget, entries: list[int], index: Any) -> Any:
+    """int8x64 of ``entries[index]``, each index in 0..15, where the target looks up bytes."""
+    row = tirx.Shuffle([tirx.const(e, "int8") for e in entries], _places(0, 16))
+    bits = target.byte_bits
+
+    def look_up(part: Any) -> Any:
+        table = tirx.Shuffle([row] * (bits // 128), _places(0, bits // 8))
+        return T.call_llvm_pure_intrin(f"int8x{bits // 8}", _PSHUFB[bits], table, part)
+
+    return _whole([look_up(part) for part in _parts(bits, index, _CODES)], bits // 8)
+
+
+def _by_one(bits: int, sums: Any, x: Any, weights: Any) -> Any:
+    """Source: Intel SDM, VPDPBUSD."""
+    lanes, codes = bits // 32, tirx.reinterpret(f"uint8x{_CODES}", x)
+    parts = [_parts(bits, sums, LANES), *(_parts(bits, own, _CODES) for own in (codes, weights))]
+    done = [
+        T.call_llvm_pure_intrin(f"int32x{lanes}", _VPDPBUSD[bits], *part) for part in zip(*parts)
+    ]
+    return _whole(done, lanes)
+
+
+def _by_pairs(bits: int, sums: Any, x: Any, weights: Any) -> Any:
+    """Source: Intel SDM, PMADDUBSW and PMADDWD."""
+    codes = _parts(bits, tirx.reinterpret(f"uint8x{_CODES}", x), _CODES)
+    fours = [_fours(bits, *part) for part in zip(codes, _parts(bits, weights, _CODES))]
+    return sums + _whole(fours, bits // 32)
+
+
+def _by_signed_pairs(bits: int, sums: Any, x: Any, weights: Any) -> Any:
+    """Source: Intel SDM, PABSB and PSIGNB."""
+    size, fours = bits // 8, []
+    codes = _parts(bits, tirx.reinterpret(f"int8x{_CODES}", x), _CODES)
+    for code, weight in zip(codes, _parts(bits, weights, _CODES)):
+        turned = T.call_llvm_pure_intrin(f"int8x{size}", _PSIGNB[bits], weight, code)
+        overflow = tirx.const(False, "bool")
+        magnitude = T.call_llvm_pure_intrin(f"int8x{size}", f"llvm.abs.v{size}i8", code, overflow)
+        fours.append(_fours(bits, magnitude, turned))
+    return sums + _whole(fours, bits // 32)
+
+
+def _fours(bits: int, x: Any, weights: Any) -> Any:
+    """int32 sums of four products each, of a register."""
+    ones = fill(tirx.const(1, "int16"), bits // 16)
+    pairs = T.call_llvm_pure_intrin(f"int16x{bits // 16}", _PMADDUBSW[bits], x, weights)
+    return T.call_llvm_pure_intrin(f"int32x{bits // 32}", _PMADDWD[bits], pairs, ones)
+
+
+def _parts(bits: int, vector: Any, lanes: int) -> list[Any]:
+    """A vector cut into registers."""
+    count = 512 // bits
+    if count == 1:
+        return [vector]
+    each = lanes // count
+    return [tirx.Shuffle([vector], _places(part * each, each)) for part in range(count)]
+
+
+def _whole(parts: list[Any], lanes: int) -> Any:
+    """The registers of so many lanes each as one vector again."""
+    return parts[0] if len(parts) == 1 else tirx.Shuffle(parts, _places(0, lanes * len(parts)))
+
+
+def _places(first: int, count: int) -> list[Any]:
+    return [tirx.const(first + i, "int32") for i in range(count)]
