@@ -14,9 +14,9 @@ from cost_models.operation_energy import OperationEnergy, UnknownOperation, oper
 from kernels.forms import FORMS
 from kernels.workload import Workload
 
-# The forms in which torch and we multiply: what a shift has to beat.
+# The forms in which torch multiplies, and we: what a shift has to beat.
 MULT_FORMS: tuple[str, ...] = ("mult_fp32", "mult_bf16", "mult_int8")
-OWN_MULT_FORMS: tuple[str, ...] = ("mult_bf16", "mult_int8")
+OWN_MULT_FORMS: tuple[str, ...] = ("mult_bf16", "mult_int8", "mult_int7")
 
 Source = Literal["measured", "predicted", "extrapolated", "bound"]
 _SOURCES: tuple[Source, ...] = ("measured", "predicted", "extrapolated", "bound")

@@ -93,11 +93,11 @@ def _panels(form: str) -> Lowering:
     return Lowering("llvm", (form,), define, space, default, around=AROUND)
 
 
-def _amx(form: str) -> Lowering:
-    """The same by AMX."""
-    define = partial(panel_gemm.linear_panels, AMX[form])
+def _amx(*forms: str) -> Lowering:
+    """The same by AMX, of forms that it multiplies alike."""
+    define = partial(panel_gemm.linear_panels, AMX[forms[0]])
     space, default = panel_gemm.amx_schedule_space, panel_gemm.amx_default_schedule
-    return Lowering("llvm", (form,), define, space, default, around=AROUND, amx=True)
+    return Lowering("llvm", forms, define, space, default, around=AROUND, amx=True)
 
 
 _GROUPS = (add.schedule_space, add.default_schedule)
@@ -106,7 +106,7 @@ _TILES = (cuda_linear.schedule_space, cuda_linear.default_schedule)
 # Of several that a target can run, a form is built by the first.
 LOWERINGS: dict[str, Lowering] = {
     "mult.amx_pairs": _amx("mult_bf16"),
-    "mult.amx_dot": _amx("mult_int8"),
+    "mult.amx_dot": _amx("mult_int8", "mult_int7"),
     "shift.amx_pairs": _amx("shift_bf16"),
     "shift.amx_dot": _amx("shift_int8"),
     "shift.amx_planes": _amx("shift_int8_wide"),
@@ -114,6 +114,7 @@ LOWERINGS: dict[str, Lowering] = {
     "mult.panels": _panels("mult_fp32"),
     "mult.pairs": _panels("mult_bf16"),
     "mult.dot": _panels("mult_int8"),
+    "mult.small_dot": _panels("mult_int7"),
     "shift.panels": _panels("shift_fp32"),
     "shift.pairs": _panels("shift_bf16"),
     "shift.dot": _panels("shift_int8"),
@@ -136,7 +137,7 @@ LOWERINGS: dict[str, Lowering] = {
         "cuda", ("mult_bf16",), cuda_linear.bf16, *_TILES, oldest_architecture=80
     ),
     "mult.cuda_dot": Lowering(
-        "cuda", ("mult_int8",), cuda_linear.int8, *_TILES, cuda_linear.memory
+        "cuda", ("mult_int8", "mult_int7"), cuda_linear.int8, *_TILES, cuda_linear.memory
     ),
     "shift.cuda": Lowering("cuda", ("shift_fp32",), _unscheduled(cuda.shift_panels)),
     "shift.cuda_pairs": Lowering(

@@ -24,6 +24,7 @@ from kernels.lowerings.arithmetic import fastest
 from kernels.lowerings.mixture import Sizes
 from kernels.lowerings.panel_gemm import RESIDENT_WEIGHT_BYTES, default_schedule
 from kernels.operators import operator
+from kernels.packing import NIBBLE_BITS
 from kernels.targets import cpu_target
 from kernels.torch_ops import last_dimension
 from kernels.workload import linear as linear_workload
@@ -87,7 +88,7 @@ def experts_kernel(
     weight_bytes = sum(one.weight_bytes for one in linears) / experts
     if weight_bytes > RESIDENT_WEIGHT_BYTES:
         task_rows = _FAR_TASK_ROWS // task_rows * task_rows
-    elif any(by_amx) and any(one.code_bits < 8 for one in linears):
+    elif any(by_amx) and any(one.code_bits == NIBBLE_BITS for one in linears):
         task_rows = _DECODED_TASK_ROWS
     block_rows = task_rows if experts == 1 else _BLOCK_ROWS
     fixed = (block_rows, task_rows, tile_rows, threads, sizes[0], sizes[1:], forms)

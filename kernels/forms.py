@@ -69,6 +69,16 @@ FORMS: dict[str, dict[str, Any]] = {
         "acc_dtype": "int32",
         "fused": ("bias", "quantise", "scale"),
     },
+    # In a byte as well: what CPUs without VNNI multiply faster, as they do ±2^p in int8.
+    "mult_int7": {
+        **_LINEAR,
+        "primitive": "mult",
+        "code_bits": 7,
+        "x_dtype": "int8",
+        "w_dtype": "int8",
+        "acc_dtype": "int32",
+        "fused": ("bias", "quantise", "scale"),
+    },
     # Sign and p + 127 in one byte: any p of an fp32 number of at most 1. The range is DeepShift's.
     "shift_fp32": {**_SHIFT_FLOAT, "fused": ("bias", "scale")},
     # The same codes on bf16 activations, in which they are exact as well.

@@ -21,10 +21,12 @@ DOT_GROUP = 4
 # Neighbouring inputs that one bf16 dot product consumes (vdpbf16ps).
 BF16_GROUP = 2
 INT8_MAX = 127
+# Largest whole weight of the mult forms that have such.
+WHOLE_WEIGHTS: dict[str, int] = {"mult_int8": INT8_MAX, "mult_int7": 63}
 # Powers of two that an int8 weight can hold with either sign: 2^0 … 2^6.
 PLANE_EXPONENTS = 7
-# Codes of one vector of a dot product.
-NIBBLE_RUN = 64
+# Two codes to a byte, and those of one vector of a dot product.
+NIBBLE_BITS, NIBBLE_RUN = 4, 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LinearParameters:
     Attributes:
         form: A linear form in ``kernels.workload.FORMS``.
         values: fp32 ``(n, k)``: the weights themselves (mult_fp32), whole numbers in ±127
-            (mult_int8) or ±2^p in the form's range of p (shift forms).
+            (mult_int8) or ±63 (mult_int7), or ±2^p in the form's range of p (shift forms).
         scale: fp32 ``(n,)``; ones for mult_fp32 and mult_bf16.
         bias: fp32 ``(n,)``.
     """
@@ -50,7 +52,7 @@ class LinearParameters:
         return self.values * self.scale[:, None]
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, at_most: int = INT8_MAX) -> tuple[Tensor, Tensor]:
     """Quantises activations to int8, one symmetric scale per row, as the kernels do.
 
     Rounds half to even; a row of zeros gets scale 0. Every step is a single fp32 operation, so
@@ -58,25 +60,27 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: fp32 ``(..., k)``.
+        at_most: Largest code.
 
     Returns:
-        Whole numbers in ±127 as fp32 ``(..., k)``, and the scale ``(..., 1)``.
+        Whole numbers in ±at_most as fp32 ``(..., k)``, and the scale ``(..., 1)``.
     """
     largest = x.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.where(largest > 0, INT8_MAX / largest, torch.zeros_like(largest))
-    return torch.round(x * inverse), largest * (1.0 / INT8_MAX)
+    inverse = torch.where(largest > 0, at_most / largest, torch.zeros_like(largest))
+    return torch.round(x * inverse), largest * (1.0 / at_most)
 
 
-def quantise_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises a weight to int8, one symmetric scale per output channel.
+def quantise_channels(weight: Tensor, at_most: int = INT8_MAX) -> tuple[Tensor, Tensor]:
+    """Quantises a weight, one symmetric scale per output channel.
 
     Args:
         weight: fp32 ``(n, k)``.
+        at_most: Largest code.
 
     Returns:
-        Whole numbers in ±127 as fp32 ``(n, k)``, and the scale ``(n,)``.
+        Whole numbers in ±at_most as fp32 ``(n, k)``, and the scale ``(n,)``.
     """
-    codes, scale = quantise_rows(weight)
+    codes, scale = quantise_rows(weight, at_most)
     return codes, scale[:, 0]
 
 
@@ -122,8 +126,8 @@ def quantise_weight(form: str, weight: Tensor, bias: Tensor | None = None) -> Li
         values, scale = nearest_pow2(
             weight, FORMS[form]["exponent_min"], FORMS[form]["exponent_max"]
         )
-    elif FORMS[form]["w_dtype"] == "int8":
-        values, scale = quantise_channels(weight)
+    elif form in WHOLE_WEIGHTS:
+        values, scale = quantise_channels(weight, WHOLE_WEIGHTS[form])
     else:
         values = weight.bfloat16().float() if FORMS[form]["w_dtype"] == "bfloat16" else weight
         scale = weight.new_ones(n)

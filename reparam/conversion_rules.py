@@ -15,7 +15,7 @@ from reparam.quadratic_attention import Similarity
 from reparam.shift import SHIFT_FORMS, ShiftVariant
 
 ShiftForm = Literal["shift_fp32", "shift_bf16", "shift_int8", "shift_int8_wide", "shift_int4"]
-MultForm = Literal["mult_fp32", "mult_bf16", "mult_int8"]
+MultForm = Literal["mult_fp32", "mult_bf16", "mult_int8", "mult_int7"]
 LinearForm = Literal["keep"] | ShiftForm | MultForm
 AttentionForm = Literal["keep", "add", "quadratic"]
 

@@ -1,22 +1,22 @@
-"""MultLinear: a linear that multiplies, in fp32, bf16 or int8: what a shift is compared with."""
+"""MultLinear: a linear that multiplies, in whole numbers or not: what a shift is compared with."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels.packing import LinearParameters, quantise_channels
+from kernels.packing import WHOLE_WEIGHTS, LinearParameters, quantise_channels
 from reparam.fake_quantise import as_bf16, check_form, coded, exported, linear_as_deployed
 
-MULT_FORMS = ("mult_fp32", "mult_bf16", "mult_int8")
+MULT_FORMS = ("mult_fp32", "mult_bf16", "mult_int8", "mult_int7")
 
 
 class MultLinear(nn.Module):
-    """Linear of a mult form; in int8, weights per channel and activations per row.
+    """Linear of a mult form; in whole numbers, weights per channel and activations per row.
 
     Args:
         weight: ``(n, k)`` to start from; copied.
         bias: ``(n,)`` or None; copied.
-        form: ``mult_fp32``, ``mult_bf16`` or ``mult_int8``.
+        form: One of ``MULT_FORMS``.
 
     Raises:
         ValueError: On another form.
@@ -37,10 +37,10 @@ class MultLinear(nn.Module):
 
     def values_and_scale(self) -> tuple[Tensor, Tensor]:
         """The weight as values ``(n, k)``, with gradient, and scale ``(n,)``."""
-        if self.form != "mult_int8":
+        if self.form not in WHOLE_WEIGHTS:
             weight = self.weight if self.form == "mult_fp32" else as_bf16(self.weight)
             return weight, weight.new_ones(self.out_features)
-        codes, scale = quantise_channels(self.weight.detach())
+        codes, scale = quantise_channels(self.weight.detach(), WHOLE_WEIGHTS[self.form])
         return coded(self.weight, codes, scale[:, None]), scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ FORM_MARKS = {
     "mult_fp32": (BLUE, "o"),
     "mult_bf16": (BLUE, "s"),
     "mult_int8": (BLUE, "D"),
+    "mult_int7": (BLUE, "d"),
     "shift_fp32": (VERMILLION, "o"),
     "shift_bf16": (VERMILLION, "s"),
     "shift_int8": (VERMILLION, "D"),

@@ -13,6 +13,7 @@ ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "mult_fp32": mult.panels,
     "mult_bf16": mult.pairs,
     "mult_int8": mult.dot,
+    "mult_int7": mult.small_dot,
     "shift_fp32": shift.panels,
     "shift_bf16": shift.pairs,
     "shift_int8": shift.dot,
@@ -23,6 +24,7 @@ ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
 AMX: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "mult_bf16": mult.amx_pairs,
     "mult_int8": mult.amx_dot,
+    "mult_int7": mult.amx_dot,
     "shift_bf16": shift.amx_pairs,
     "shift_int8": mult.amx_dot,
     "shift_int8_wide": shift.amx_planes,

@@ -345,7 +345,7 @@ def _bf16(workload: Workload, schedule: Mapping[str, int], weights: _Weights) ->
 
 
 def int8(workload: Workload, target: KernelTarget, schedule: Mapping[str, int]) -> tirx.PrimFunc:
-    """mult_int8 and shift_int8: the same kernel to the instruction."""
+    """mult_int8, mult_int7 and shift_int8: the same kernel to the instruction."""
     return _int8(workload, target, schedule, _INT8)
 
 

@@ -25,7 +25,7 @@ from kernels.lowerings.panel_product import (
     Rows,
     store_row,
 )
-from kernels.packing import PANEL
+from kernels.packing import NIBBLE_BITS, PANEL
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
@@ -87,7 +87,7 @@ def amx_default_schedule(workload: Workload, target: KernelTarget) -> dict[str, 
     thread 1.14 times as fast with more than 256 outputs (48 shapes at random, 95 % of 1.10 to 1.18)
     and 1.02 with others (48; 1.00 to 1.03), on two 1.11 and 1.02; the slowest shape 0.90.
     """
-    if workload.weight_bytes > RESIDENT_WEIGHT_BYTES or workload.code_bits < 8:
+    if workload.weight_bytes > RESIDENT_WEIGHT_BYTES or workload.code_bits == NIBBLE_BITS:
         # Each task brings its weights from afar, or decodes them: for many rows at once.
         blocks = _MOST_BLOCKS
     else:

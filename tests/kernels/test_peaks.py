@@ -17,7 +17,8 @@ def test_no_kernel_is_faster_than_the_roof():
     roofs = {peak.name: peak for peak in peaks(1, 2**20)}
     assert set(roofs) == {"fma_fp32", "dot_bf16", "dot_int8", "copy"}
     set_threads(1)
-    roof_of = {"mult_fp32": "fma_fp32", "mult_bf16": "dot_bf16", "mult_int8": "dot_int8"}
+    roof_of = {"mult_fp32": "fma_fp32", "mult_bf16": "dot_bf16"}
+    roof_of |= dict.fromkeys(("mult_int8", "mult_int7", "shift_int8"), "dot_int8")
     for form, name in roof_of.items():
         workload, roof = linear(form, 196, 256, 256), roofs[name]
         kernel, operands = build(workload), random_operands(workload)
