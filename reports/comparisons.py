@@ -16,6 +16,8 @@ from profiler.store import Measurement
 from reports.formats import WithInterval
 
 Outcome = Literal["pays", "does not pay", "undecided"]
+# A byte a weight, as shift_int8: what CPUs without VNNI multiply slower in 8 bits than in 7.
+WHOLE_MULT_FORMS = ("mult_int8", "mult_int7")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def _fastest(rows: Iterable[Measurement]) -> Measurement | None:
 
 
 def _schedule(row: Measurement) -> str:
-    return row.lowering.partition(".")[2]
+    # Small weights are multiplied by the schedule of the others.
+    return row.lowering.partition(".")[2].removeprefix("small_")
 
 
 def form_of(row: Measurement) -> str:
@@ -186,12 +189,10 @@ class Comparison:
             return "undecided", ratio, self.no_fastest
         return ratio.outcome, ratio, "intervals overlap" if ratio.outcome == "undecided" else ""
 
-    def own_mult(
-        self, shift_form: str = "shift_int8", mult_form: str = "mult_int8"
-    ) -> OwnMult | None:
-        """Our fastest shift against our mult, with the same schedule where there is one."""
-        shifts = [row for row in self.ours if form_of(row) == shift_form]
-        mults = [row for row in self.ours if form_of(row) == mult_form]
+    def own_mult(self) -> OwnMult | None:
+        """Our fastest int8 shift against our fastest mult in a byte, if it can be by one schedule."""
+        shifts = [row for row in self.ours if form_of(row) == "shift_int8"]
+        mults = [row for row in self.ours if form_of(row) in WHOLE_MULT_FORMS]
         paired = [s for s in shifts if any(_schedule(s) == _schedule(m) for m in mults)]
         shift = _fastest(paired or shifts)
         mult = _fastest(
@@ -248,7 +249,7 @@ def outcomes_in_words(comparisons: Sequence[Comparison]) -> str:
 
 
 def median_own_mult(comparisons: Iterable[Comparison]) -> Ratio | None:
-    """Median over the products of shift_int8 against our own mult_int8, with its full range."""
+    """Median over the products of shift_int8 against our own mult, with its full range."""
     ratios = [own.ratio.value for c in comparisons if (own := c.own_mult())]
     return Ratio(median(ratios), min(ratios), max(ratios)) if ratios else None
 

@@ -184,7 +184,7 @@ def _product_table(group: Sequence[Comparison], setting: str, is_open: bool) -> 
             "fastest baseline",
             "best shift or add",
             "fastest baseline ÷ it",
-            "our mult_int8 ÷ our shift_int8",
+            "our mult_int8 or mult_int7 ÷ our shift_int8",
             "weight bytes shift / mult",
             "does it pay",
         ),

@@ -351,7 +351,7 @@ def _own_mult_card(run: RunFolder) -> Card:
     return Card(
         label,
         f"{formats.significant(own.value)}×",
-        f"median speed ratio; {formats.significant(own.low or 0)}× to "
+        f"in 8 or 7 bits, median speed ratio; {formats.significant(own.low or 0)}× to "
         f"{formats.significant(own.high or 0)}× over the products",
     )
 

@@ -115,6 +115,16 @@ def test_own_mult_prefers_the_same_schedule():
     assert (whole.low, whole.value, whole.high) == (0.5, 1.0, 1.5)
 
 
+def test_own_mult_is_the_faster_of_eight_and_seven_bits():
+    one = product(
+        ("mult.dot", "mult_int8", 3.0, False),
+        ("mult.small_dot", "mult_int7", 2.0, False),
+        ("shift.dot", "shift_int8", 2.0, False),
+    )
+    own = one.own_mult()
+    assert own.same_schedule and own.mult.lowering == "mult.small_dot" and own.ratio.value == 1.0
+
+
 def test_devices_and_cache_states_are_never_mixed():
     workload = linear("mult_fp32", *SHAPE)
     other = DEVICE.model_copy(update={"threads": 1})
