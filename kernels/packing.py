@@ -191,8 +191,13 @@ def pack_linear(parameters: LinearParameters) -> tuple[Tensor, ...]:
         ``(w, bias)`` for real weights; ``(w, scale, bias)`` for shift_fp32 and shift_bf16; ``(w,
         scale, bias, offset)`` for the int8 forms, where offset makes up for the unsigned
         activations of the dot product: ``128 * sum_k w``, for each plane in turn.
+
+    Raises:
+        ValueError: If a whole weight is larger than its form's: some CPUs' sums would saturate.
     """
     form, values = parameters.form, parameters.values
+    if form in WHOLE_WEIGHTS and (values.abs() > WHOLE_WEIGHTS[form]).any():
+        raise ValueError(f"{form}: a weight is beyond ±{WHOLE_WEIGHTS[form]}")
     scale, bias = pad_channels(parameters.scale), pad_channels(parameters.bias)
     if form == "mult_fp32":
         return pack_panels(values), bias

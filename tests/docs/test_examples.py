@@ -120,6 +120,7 @@ def test_the_recipe_of_the_page_is_one():
     content = tomllib.loads(written["mine.toml"])
     recipe = Recipe.model_validate(content)
     assert recipe.data == "folder" and recipe.model.pretrained and recipe.pretrain
+    content |= tomllib.loads(written["experts.toml"])
     content["model"] |= tomllib.loads(written["weights.toml"])
     own = Recipe.model_validate(content | {"attention": "quadratic"})
     assert own.model.kwargs["pretrained_cfg_overlay"]["num_classes"] == 10

@@ -9,7 +9,7 @@ import torch
 
 from kernels.build import build, compiled
 from kernels.lowerings.byte_dot import LARGEST_SMALL_WEIGHT, byte_dot
-from kernels.packing import INT8_MAX, LinearParameters
+from kernels.packing import INT8_MAX, WHOLE_WEIGHTS, LinearParameters, pack_linear
 from kernels.reference import random_operands
 from kernels.targets import cpu_target
 from kernels.workload import linear
@@ -41,6 +41,15 @@ def test_the_largest_products_do_not_saturate(form, lowering, chip):
     extreme = replace(operands, x=signs * 5, parameters=given)
     out = build(workload, lowering, cpu_target(chip))(extreme)
     torch.testing.assert_close(out, signs * 5 @ weight.T, rtol=1e-6, atol=1e-4)
+
+
+def test_a_weight_beyond_its_form_is_refused():
+    zeros = torch.zeros(2)
+    for form, largest in WHOLE_WEIGHTS.items():
+        pack_linear(LinearParameters(form, torch.full((2, 4), -float(largest)), zeros, zeros))
+        beyond = LinearParameters(form, torch.full((2, 4), largest + 1.0), zeros, zeros)
+        with pytest.raises(ValueError, match=f"{form}.*{largest}"):
+            pack_linear(beyond)
 
 
 def test_each_generation_gets_its_instruction():
