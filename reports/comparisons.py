@@ -190,7 +190,7 @@ class Comparison:
         return ratio.outcome, ratio, "intervals overlap" if ratio.outcome == "undecided" else ""
 
     def own_mult(self) -> OwnMult | None:
-        """Our fastest int8 shift against our fastest mult of a byte, by one schedule if it can be."""
+        """Our fastest int8 shift against our fastest mult of a byte, of one schedule if any."""
         shifts = [row for row in self.ours if form_of(row) == "shift_int8"]
         mults = [row for row in self.ours if form_of(row) in WHOLE_MULT_FORMS]
         paired = [s for s in shifts if any(_schedule(s) == _schedule(m) for m in mults)]
