@@ -44,6 +44,7 @@ from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
 from reparam.forced_dispatch import force_share_
 from reparam.kept_memory import keep_freed_memory
+from reparam.mult import MULT_FORMS
 from reparam.predicted_measured import Case, measured_rows, table_of
 from reparam.results import Interval
 from reparam.scaling import attention_sizes, measure_scaling
@@ -63,9 +64,8 @@ MODELS = (
     "pvt_v2_b1",
 )
 console = Console()
-
-# The second stage of the shipped recipes.
-_LINEARS = ReparamConfig(attention_linears="shift_int8", mlp="moe")
+# Of the shipped recipes.
+_MULT = "mult_int8"
 
 
 @app.command(help=__doc__)
@@ -97,6 +97,9 @@ def main(
     share: Annotated[
         str, typer.Option(help="Percent of tokens on the shift expert, such as 0,50,100.")
     ] = "0,50,100",
+    mult: Annotated[
+        str, typer.Option(help=f"Form of the mult expert: {', '.join(MULT_FORMS)}.")
+    ] = _MULT,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     preset: Annotated[
         str, typer.Option(help=f"Precision of the timing: {', '.join(PRESETS)}.")
@@ -111,6 +114,10 @@ def main(
         )
     if preset not in PRESETS:
         raise BadInput(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    if mult not in MULT_FORMS:
+        raise BadInput(f"--mult {mult}: must be one of {', '.join(MULT_FORMS)}")
+    if predicted_versus_measured and mult != _MULT:
+        raise BadInput(f"--mult {mult}: --predicted-versus-measured is of {_MULT}")
     batches = _whole_numbers("--batch", batch, 1, 4096)
     shares = _whole_numbers("--share", share, 0, 100)
     known = _table(table) if predicted_versus_measured else None
@@ -125,7 +132,7 @@ def main(
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if versus_torch:
-        original, deployed_at = prepared(model)
+        original, deployed_at = prepared(model, mult)
         comparisons = []
         for images in batches:
             example = example_of(original, images)
@@ -135,7 +142,7 @@ def main(
             console.print(_ratios(comparisons[-1]))
         VersusTorch(**header, comparisons=comparisons).save(folder / "versus_torch.json")
     if dispatch:
-        original, deployed_at = prepared(model)
+        original, deployed_at = prepared(model, mult)
         for images in batches:
             case = Case(model, original, deployed_at(0.5), example_of(original, images))
             console.print(f"{model}, batch {images}: measuring, in turns")
@@ -143,7 +150,7 @@ def main(
                 costs = list(dispatch_costs(case, part / 100, PRESETS[preset]))
                 console.print(dispatch_table(model, images, costs))
     if scaling:
-        sizes = attention_sizes(prepared(model)[1](0.5))
+        sizes = attention_sizes(prepared(model, mult)[1](0.5))
         if sizes is None:
             raise BadInput(f"--scaling: {model} has no attention that additions replace")
         console.print("growth of attention with its tokens: measuring, in turns")
@@ -204,8 +211,14 @@ def _table(name: str | None) -> LatencyTable:
     return table
 
 
-def prepared(name: str) -> tuple[nn.Module, Callable[[float], nn.Module]]:
+def prepared(name: str, mult: str = _MULT) -> tuple[nn.Module, Callable[[float], nn.Module]]:
     """The original model, and a deployed conversion of it at a share of tokens on shift.
+
+    It is converted as the second stage of the shipped recipes does.
+
+    Args:
+        name: Any timm model.
+        mult: Form of the mult expert; the other one is ``shift_int8``.
 
     Raises:
         BadInput: If timm has no such model.
@@ -220,7 +233,9 @@ def prepared(name: str) -> tuple[nn.Module, Callable[[float], nn.Module]]:
         reparameterize_(converted, ReparamConfig(attention="add"))
     except ConversionError as error:
         console.print(f"{name}: its attention stays as it is: {error}", markup=False)
-    reparameterize_(converted, _LINEARS)
+    experts = {"mult": mult, "shift": "shift_int8"}
+    config = ReparamConfig(attention_linears="shift_int8", mlp="moe", experts=experts)
+    reparameterize_(converted, config)
 
     def deployed_at(share: float) -> nn.Module:
         deployed = deploy(converted)

@@ -10,6 +10,7 @@ import torch
 from cost_models.latency_table import LatencyTable
 from profiler.samples import TimingSettings
 from reparam import other_runtimes
+from reparam.deployed_mlps import DeployedMoE
 from reparam.evaluate import prepared
 from reparam.moe import moe_layers
 from reparam.scaling import attention_sizes, measure_scaling
@@ -44,6 +45,16 @@ def test_bad_input_is_named(tmp_path, foreign_table):
         out, "--predicted-versus-measured", "--table", tmp_path / "absent.json"
     )
     assert "--batch" in refused(out, "--scaling", "--batch", "none")
+    assert "mult_int7" in refused(out, "--dispatch", "--mult", "mult_int9")
+    assert "--mult" in refused(out, "--predicted-versus-measured", "--mult", "mult_int7")
+
+
+def test_the_mult_expert_is_of_the_form_that_is_named():
+    for named, form in (((), "mult_int8"), (("mult_int7",), "mult_int7")):
+        _, deployed_at = prepared("vit_tiny_patch16_224", *named)
+        mixtures = [m for m in deployed_at(0.5).modules() if isinstance(m, DeployedMoE)]
+        forms = {linear.form for mixture in mixtures for linear in mixture.linears}
+        assert forms == {form, "shift_int8"}
 
 
 def test_attention_grows_as_that_of_the_model_that_is_named():
