@@ -90,7 +90,7 @@ class CostModel:
         return _add_up([self._ours(workload) for workload in workloads])
 
     def own_mult(self, workloads: Sequence[Workload]) -> Cost:
-        """Our fastest multiplication of the same products, in bf16 or int8."""
+        """Our fastest multiplication of the same products, in bf16, int8 or 7 bits."""
         return _add_up([self._own_mult(workload, OWN_MULT_FORMS) for workload in workloads])
 
     def strongest_baseline(self, workloads: Sequence[Workload]) -> Cost:

@@ -8,6 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 _LINEAR = {"w_layout": "nk"}
+_MULT_INT = {
+    **_LINEAR,
+    "primitive": "mult",
+    "x_dtype": "int8",
+    "w_dtype": "int8",
+    "acc_dtype": "int32",
+    "fused": ("bias", "quantise", "scale"),
+}
 # ±2^0 … ±2^6 are the powers of two that an int8 weight can hold with either sign.
 _SHIFT_INT = {
     **_LINEAR,
@@ -60,25 +68,9 @@ FORMS: dict[str, dict[str, Any]] = {
         "w_dtype": "bfloat16",
         "fused": ("bias", "cast"),
     },
-    "mult_int8": {
-        **_LINEAR,
-        "primitive": "mult",
-        "code_bits": 8,
-        "x_dtype": "int8",
-        "w_dtype": "int8",
-        "acc_dtype": "int32",
-        "fused": ("bias", "quantise", "scale"),
-    },
+    "mult_int8": {**_MULT_INT, "code_bits": 8},
     # In a byte as well: what CPUs without VNNI multiply faster, as they do ±2^p in int8.
-    "mult_int7": {
-        **_LINEAR,
-        "primitive": "mult",
-        "code_bits": 7,
-        "x_dtype": "int8",
-        "w_dtype": "int8",
-        "acc_dtype": "int32",
-        "fused": ("bias", "quantise", "scale"),
-    },
+    "mult_int7": {**_MULT_INT, "code_bits": 7},
     # Sign and p + 127 in one byte: any p of an fp32 number of at most 1. The range is DeepShift's.
     "shift_fp32": {**_SHIFT_FLOAT, "fused": ("bias", "scale")},
     # The same codes on bf16 activations, in which they are exact as well.

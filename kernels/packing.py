@@ -25,6 +25,7 @@ INT8_MAX = 127
 WHOLE_WEIGHTS: dict[str, int] = {"mult_int8": INT8_MAX, "mult_int7": 63}
 # Powers of two that an int8 weight can hold with either sign: 2^0 … 2^6.
 PLANE_EXPONENTS = 7
+LARGEST_POWER = 1 << PLANE_EXPONENTS - 1
 # Two codes to a byte, and those of one vector of a dot product.
 NIBBLE_BITS, NIBBLE_RUN = 4, 64
 

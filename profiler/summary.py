@@ -165,6 +165,30 @@ def headlines(rows: Sequence[Measurement]) -> list[str]:
     return lines
 
 
+def own_mult_lines(rows: Sequence[Measurement]) -> list[str]:
+    """What the shift itself brings: our int8 shift beside our own mults of a byte a weight."""
+    lines, floor = [], noise_floor(rows)
+    for bits in (8, 7):
+        ratios = []
+        for group in by_product(rows).values():
+            shift, mult = (
+                fastest([row for row in group if row.workload and row.workload.form == form], False)
+                for form in ("shift_int8", f"mult_int{bits}")
+            )
+            if shift and mult and shift.latency_ms and mult.latency_ms:
+                ratios.append(mult.latency_ms / shift.latency_ms)
+        if ratios:
+            mean, least, most = (
+                in_words(ratio, floor)
+                for ratio in (geometric_mean(ratios), min(ratios), max(ratios))
+            )
+            lines.append(
+                f"shift, int8: {mean}× our own mult, int{bits} (least {least}, most {most}),"
+                f" {len(ratios)} products"
+            )
+    return lines
+
+
 def _questions() -> dict[str, tuple[str, ...]]:
     """What the headlines are about: add as a whole, and each form of a linear."""
     add = tuple(name for name, form in FORMS.items() if form["primitive"] == "add")

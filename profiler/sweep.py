@@ -44,6 +44,7 @@ from profiler.summary import (
     headlines,
     noise_line,
     overhead_lines,
+    own_mult_lines,
     problems,
     shared_lines,
     summary_table,
@@ -132,7 +133,7 @@ def report(
     console.print(summary_table(rows, title))
     for line in problems(rows):
         console.print(line, style="yellow", markup=False)
-    said = [*headlines(rows), *overhead_lines(rows), noise_line(rows)]
+    said = [*headlines(rows), *own_mult_lines(rows), *overhead_lines(rows), noise_line(rows)]
     for line in [*said, *pass_lines(rows), *shared_lines(rows)]:
         console.print(line, markup=False, highlight=False)
     return [row for row in rows if row.key not in known]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from kernels.lowerings import mult, shift
 from kernels.lowerings.panel_product import Arithmetic
+from kernels.packing import LARGEST_POWER, WHOLE_WEIGHTS
 from kernels.targets import KernelTarget
 
 # By vectors, on any CPU.
@@ -13,10 +15,11 @@ ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "mult_fp32": mult.panels,
     "mult_bf16": mult.pairs,
     "mult_int8": mult.dot,
-    "mult_int7": mult.small_dot,
+    "mult_int7": partial(mult.dot, largest_weight=WHOLE_WEIGHTS["mult_int7"]),
     "shift_fp32": shift.panels,
     "shift_bf16": shift.pairs,
-    "shift_int8": shift.dot,
+    # ±2^p held as int8: mult's kernel to the instruction with VNNI, and that of mult_int7 without.
+    "shift_int8": partial(mult.dot, largest_weight=LARGEST_POWER),
     "shift_int8_wide": shift.planes,
     "shift_int4": shift.nibbles,
 }

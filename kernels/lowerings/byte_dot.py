@@ -1,9 +1,9 @@
-"""int32 += uint8 × int8, four a lane, by what each generation of x86 has for it.
+"""What each generation of x86 has for bytes: products of four a lane, and tables of 16.
 
-From VNNI on one instruction does it. Before, two neighbouring products are added in 16 bits, which
-saturate: two of an unsigned byte and of a weight of at most 64 fit (powers of two in int8 are no
-larger), two with a weight of 127 do not. For those the sign of the input goes to the weight, and
-the input's magnitude is at most 127: one instruction more.
+From VNNI on one instruction adds four products. Before, two neighbouring ones are added in 16 bits,
+which saturate: two of an unsigned byte and of a weight of at most 64 fit (powers of two in int8 are
+no larger), two with a weight of 127 do not. For those inputs are signed, the sign goes to the
+weight, and what is left is at most 127: one instruction more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, fill
+from kernels.lowerings.emit import LANES, fill, places
 from kernels.packing import DOT_GROUP
 from kernels.targets import KernelTarget
 
@@ -67,11 +67,11 @@ def byte_dot(target: KernelTarget, largest_weight: int) -> ByteDot | None:
 
 def byte_table(target: KernelTarget, entries: list[int], index: Any) -> Any:
     """int8x64 of ``entries[index]``, each index in 0..15, where the target looks up bytes."""
-    row = tirx.Shuffle([tirx.const(e, "int8") for e in entries], _places(0, 16))
+    row = tirx.Shuffle([tirx.const(e, "int8") for e in entries], places(16))
     bits = target.byte_bits
 
     def look_up(part: Any) -> Any:
-        table = tirx.Shuffle([row] * (bits // 128), _places(0, bits // 8))
+        table = tirx.Shuffle([row] * (bits // 128), places(bits // 8))
         return T.call_llvm_pure_intrin(f"int8x{bits // 8}", _PSHUFB[bits], table, part)
 
     return _whole([look_up(part) for part in _parts(bits, index, _CODES)], bits // 8)
@@ -119,13 +119,9 @@ def _parts(bits: int, vector: Any, lanes: int) -> list[Any]:
     if count == 1:
         return [vector]
     each = lanes // count
-    return [tirx.Shuffle([vector], _places(part * each, each)) for part in range(count)]
+    return [tirx.Shuffle([vector], places(each, part * each)) for part in range(count)]
 
 
 def _whole(parts: list[Any], lanes: int) -> Any:
     """The registers of so many lanes each as one vector again."""
-    return parts[0] if len(parts) == 1 else tirx.Shuffle(parts, _places(0, lanes * len(parts)))
-
-
-def _places(first: int, count: int) -> list[Any]:
-    return [tirx.const(first + i, "int32") for i in range(count)]
+    return parts[0] if len(parts) == 1 else tirx.Shuffle(parts, places(lanes * len(parts)))

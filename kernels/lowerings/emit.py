@@ -114,6 +114,11 @@ def prefetch(buffer: Any, index: list[Any]) -> None:
     )
 
 
+def places(count: int, first: int = 0) -> list[Any]:
+    """Of neighbouring elements, as ``tirx.Shuffle`` takes them."""
+    return [tirx.const(first + place, "int32") for place in range(count)]
+
+
 def fill(value: Any, lanes: int) -> Any:
     """A vector of one value."""
     return value if lanes == 1 else T.broadcast(value, lanes)

@@ -15,7 +15,7 @@ import numpy as np
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, ROUNDS, at, fill, local
+from kernels.lowerings.emit import LANES, ROUNDS, at, fill, local, places
 from kernels.targets import KernelTarget
 
 # erf(x) = x * P(x²) / Q(x²) for |x| <= 4, beyond which erf is 1 in fp32. Minimax in the relative
@@ -95,7 +95,7 @@ def _by_pieces(x: Any) -> Any:
     total = None
     for coefficients in _pieces()[::-1]:
         entries = [T.float32(entry) for entry in coefficients]
-        table = tirx.Shuffle(entries, [tirx.const(place, "int32") for place in range(LANES)])
+        table = tirx.Shuffle(entries, places(LANES))
         found = T.call_llvm_pure_intrin(
             f"float32x{LANES}", "llvm.x86.avx512.permvar.sf.512", table, piece
         )

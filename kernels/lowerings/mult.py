@@ -5,7 +5,7 @@ from __future__ import annotations
 from kernels.lowerings.emit import LANES
 from kernels.lowerings.inner_product import amx_bf16, amx_int8, bf16_dot, fma, int8_dot
 from kernels.lowerings.panel_product import Arithmetic, Stored
-from kernels.packing import BF16_GROUP, DOT_GROUP, WHOLE_WEIGHTS
+from kernels.packing import BF16_GROUP, DOT_GROUP, INT8_MAX
 from kernels.targets import KernelTarget
 
 
@@ -19,15 +19,9 @@ def pairs(target: KernelTarget) -> Arithmetic:
     return Arithmetic(bf16_dot(target), Stored("int16", LANES * BF16_GROUP))
 
 
-def dot(target: KernelTarget) -> Arithmetic:
-    """int8 weights by integer dot products."""
-    return Arithmetic(int8_dot(target), Stored("int8", LANES * DOT_GROUP))
-
-
-def small_dot(target: KernelTarget) -> Arithmetic:
-    """Weights of seven bits by the same, which is faster for them where there is no VNNI."""
-    unit = int8_dot(target, WHOLE_WEIGHTS["mult_int7"])
-    return Arithmetic(unit, Stored("int8", LANES * DOT_GROUP))
+def dot(target: KernelTarget, largest_weight: int = INT8_MAX) -> Arithmetic:
+    """int8 weights by integer dot products; small ones are faster where there is no VNNI."""
+    return Arithmetic(int8_dot(target, largest_weight), Stored("int8", LANES * DOT_GROUP))
 
 
 def amx_pairs(target: KernelTarget) -> Arithmetic:

@@ -9,16 +9,16 @@ from typing import Any
 from tvm import tirx
 
 from kernels.lowerings.byte_dot import byte_table
-from kernels.lowerings.emit import LANES, fill
+from kernels.lowerings.emit import LANES, fill, places
 from kernels.lowerings.inner_product import Unit, amx_bf16, amx_int8, bf16_dot, fma, int8_dot
 from kernels.lowerings.panel_product import Arithmetic, Stored
-from kernels.packing import BF16_GROUP, DOT_GROUP, NIBBLE_RUN, PLANE_EXPONENTS
+from kernels.packing import BF16_GROUP, DOT_GROUP, LARGEST_POWER, NIBBLE_RUN, PLANE_EXPONENTS
 from kernels.targets import KernelTarget
 
 _RUN = LANES * DOT_GROUP
 _FP32_MANTISSA_BITS = 23
 _BF16_MANTISSA_BITS = 7
-_small_dot = partial(int8_dot, largest_weight=1 << PLANE_EXPONENTS - 1)
+_small_dot = partial(int8_dot, largest_weight=LARGEST_POWER)
 
 
 def _to_float(bits: int, lanes: int, mantissa_bits: int, codes: Any) -> Any:
@@ -60,10 +60,6 @@ def pairs(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = bf16_dot)
 amx_pairs = partial(pairs, unit=amx_bf16)
 
 
-def _places(count: int) -> list[Any]:
-    return [tirx.const(i, "int32") for i in range(count)]
-
-
 def _every(value: int, dtype: str = "int32") -> Any:
     return fill(tirx.const(value, dtype), _RUN)
 
@@ -79,7 +75,7 @@ def _from_nibbles(target: KernelTarget, packed: Any) -> Any:
     """uint8x32 of two codes ``sign << 3 | p`` each into int8x64 of ±2^p, p = 7 into 0."""
     low = tirx.bitwise_and(packed, fill(tirx.const(15, "uint8"), NIBBLE_RUN // 2))
     high = tirx.shift_right(packed, fill(tirx.const(4, "uint8"), NIBBLE_RUN // 2))
-    codes = tirx.Shuffle([low, high], _places(NIBBLE_RUN))
+    codes = tirx.Shuffle([low, high], places(NIBBLE_RUN))
     if target.byte_bits:
         values = [sign * (1 << p & 127) for sign in (1, -1) for p in range(8)]
         return byte_table(target, values, tirx.reinterpret("int8x64", codes))
@@ -87,11 +83,6 @@ def _from_nibbles(target: KernelTarget, packed: Any) -> Any:
     magnitude = _power(tirx.bitwise_and(wide, _every(7)), 0)
     sign = _every(1) - _every(2) * tirx.shift_right(wide, _every(3))
     return tirx.Cast("int8x64", magnitude * sign)
-
-
-def dot(target: KernelTarget) -> Arithmetic:
-    """±2^p held as int8: with VNNI mult's kernel to the instruction, without it a faster one."""
-    return Arithmetic(_small_dot(target), Stored("int8", LANES * DOT_GROUP))
 
 
 def nibbles(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = _small_dot) -> Arithmetic:

@@ -16,21 +16,21 @@ from kernels.workload import linear
 
 # This machine's own, and older ones that it may run.
 CHIPS = (None, "haswell", "nehalem", "generic")
-LARGEST = {"mult.dot": 127, "mult.small_dot": 63, "shift.dot": 64}
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
-    ("form", "lowering"),
+    ("form", "lowering", "largest"),
     [
-        ("mult_int8", "mult.dot"),
-        ("mult_int7", "mult.small_dot"),
-        ("shift_int8", "shift.dot"),
-        ("shift_int4", "shift.nibbles"),
+        ("mult_int8", "mult.dot", 127),
+        ("mult_int7", "mult.small_dot", 63),
+        ("shift_int8", "shift.dot", 64),
+        ("shift_int8_wide", "shift.planes", 1 << 13),
+        ("shift_int4", "shift.nibbles", 64),
     ],
 )
-def test_the_largest_products_do_not_saturate(form, lowering, chip):
-    workload, largest = linear(form, 3, 64, 33), LARGEST.get(lowering, 64)
+def test_the_largest_products_do_not_saturate(form, lowering, largest, chip):
+    workload = linear(form, 3, 64, 33)
     unit = 1.0 if form.startswith("mult") else 1.0 / largest
     operands = random_operands(workload)
     # Each input is the largest code of its row, each weight the largest of its form.

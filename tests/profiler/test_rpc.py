@@ -5,12 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from tvm.rpc import connect_tracker
 from tvm.target import codegen
+from waiting import wait_until
 
 from kernels.build import build
 from kernels.reference import max_abs_error, random_operands
@@ -58,13 +58,6 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the tracker or its server does not answer"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def tracker():
     """Address of a tracker that knows one server."""
@@ -90,7 +83,7 @@ def tracker():
     try:
         for name, options in commands.items():
             if processes:
-                wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+                wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", f"tvm.exec.{name}", *options],
@@ -99,7 +92,7 @@ def tracker():
                     start_new_session=True,
                 )
             )
-        wait_for(listed)
+        wait_until(listed)
         yield address
     finally:
         for process in reversed(processes):

@@ -12,6 +12,7 @@ from profiler.summary import (
     headlines,
     noise_line,
     overhead_lines,
+    own_mult_lines,
     problems,
     shared_lines,
     summary_table,
@@ -61,6 +62,21 @@ def test_headlines_are_ratios_to_fp32_and_to_the_fastest():
     assert "8.00× torch fp32" in shift and "2.00× torch's fastest" in shift
     assert "50 % of the roof" in shift and "roof" not in mult
     assert headlines([]) == []
+
+
+def test_the_shift_is_set_against_our_own_mult_of_each_width():
+    wide = [
+        _row(linear(form, 8, 16, 64), lowering, latency_ms)
+        for form, lowering, latency_ms in (
+            ("shift_int8", "shift.dot", 2.0),
+            ("mult_int8", "mult.dot", 8.0),
+            ("mult_int7", "mult.small_dot", 1.0),
+        )
+    ]
+    eight, seven = own_mult_lines([*_rows(), *wide])
+    assert eight == "shift, int8: 2.00× our own mult, int8 (least 1.00, most 4.00), 2 products"
+    assert seven == "shift, int8: 0.50× our own mult, int7 (least 0.50, most 0.50), 1 products"
+    assert own_mult_lines([]) == []
 
 
 def test_a_failed_baseline_is_named():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from profiler.workers import one_each
 
@@ -59,7 +60,7 @@ def test_workers_end_with_their_parent_however_that_is_killed(tmp_path, how):
     script.write_text(STARTS)
     folder = tmp_path / "started"
     folder.mkdir()
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())])
+    paths = os.pathsep.join(map(str, (*Path(__file__).parents[:2], Path.cwd())))
     command = [sys.executable, str(script), str(folder)]
     parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths})
     wait_until(lambda: all((folder / name).is_file() for name in ("one", "other")))
@@ -68,13 +69,6 @@ def test_workers_end_with_their_parent_however_that_is_killed(tmp_path, how):
     parent.send_signal(how)
     parent.wait()
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in workers))
-
-
-def wait_until(holds, limit_s=60):
-    end = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.05)
 
 
 def test_when_all_fail_all_are_named(tmp_path):

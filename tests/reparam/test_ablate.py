@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from statistics import fmean
 
 import psutil
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_finetune import TINY, table_of
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from kernels.workload import attention, linear
 from profiler.command_line import BadInput
@@ -140,13 +140,6 @@ def test_trainings_side_by_side_end_with_a_parent_that_is_killed(folder):
     parent.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
-
-
-def wait_until(holds, limit_s=120):
-    end = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.1)
 
 
 def test_bad_input_is_named_before_anything_is_written(folder, tmp_path):

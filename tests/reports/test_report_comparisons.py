@@ -99,30 +99,28 @@ def test_figures_of_different_runs_make_no_claim():
     assert compare(rows)[0].verdict[0] == "undecided"
 
 
-def test_own_mult_prefers_the_same_schedule():
-    one = product(
-        ("mult.tiled", "mult_int8", 1.0, False),
-        ("mult.dot", "mult_int8", 3.0, False),
-        ("shift.dot", "shift_int8", 2.0, False),
-    )
-    own = one.own_mult()
-    assert own.same_schedule and own.mult.lowering == "mult.dot" and own.ratio.value == 1.5
+@pytest.mark.parametrize(
+    ("other", "paired", "ratio"),
+    [
+        # A faster one of another schedule is passed over, one of fewer bits is not.
+        (("mult.tiled", "mult_int8", 1.0, False), "mult.dot", 1.5),
+        (("mult.small_dot", "mult_int7", 2.0, False), "mult.small_dot", 1.0),
+    ],
+)
+def test_own_mult_is_the_fastest_of_the_same_schedule(other, paired, ratio):
+    mult, shift = ("mult.dot", "mult_int8", 3.0, False), ("shift.dot", "shift_int8", 2.0, False)
+    own = product(other, mult, shift).own_mult()
+    assert own.same_schedule and own.mult.lowering == paired and own.ratio.value == ratio
+
+
+def test_own_mult_of_another_schedule_says_so():
+    one = product(("mult.dot", "mult_int8", 3.0, False), ("shift.dot", "shift_int8", 2.0, False))
     other = product(
         ("mult.tiled", "mult_int8", 1.0, False), ("shift.dot", "shift_int8", 2.0, False)
     )
     assert not other.own_mult().same_schedule and other.own_mult().ratio.value == 0.5
     whole = median_own_mult([one, other])
     assert (whole.low, whole.value, whole.high) == (0.5, 1.0, 1.5)
-
-
-def test_own_mult_is_the_faster_of_eight_and_seven_bits():
-    one = product(
-        ("mult.dot", "mult_int8", 3.0, False),
-        ("mult.small_dot", "mult_int7", 2.0, False),
-        ("shift.dot", "shift_int8", 2.0, False),
-    )
-    own = one.own_mult()
-    assert own.same_schedule and own.mult.lowering == "mult.small_dot" and own.ratio.value == 1.0
 
 
 def test_devices_and_cache_states_are_never_mixed():
