@@ -31,9 +31,10 @@ class KernelTarget:
         vector_registers: Architectural vector registers (CPU), 0 for CUDA.
         vector_bits: Width of one.
         byte_dot_bits: Of the registers of which one instruction sums products of four bytes each
-            into int32 (VNNI); 0 without.
+            into int32 (VNNI, SDOT); 0 without.
         byte_bits: Of those whose bytes are multiplied and added in pairs, and looked up in tables
-            of 16, by one instruction (SSSE3, AVX2, AVX-512BW); 0 without.
+            of 16, by one instruction or a few (SSSE3, AVX2, AVX-512BW, Neon); 0 without.
+        neon: True for Arm's, of 64 bits.
         amx: True where tiles of 16 rows are multiplied by one instruction (AMX-INT8, AMX-BF16).
         bf16_dot: True where one instruction sums products of bf16 pairs into fp32 (AVX512-BF16).
         triple: LLVM's name of another machine to compile for; None for this one.
@@ -45,6 +46,7 @@ class KernelTarget:
     vector_bits: int = 0
     byte_dot_bits: int = 0
     byte_bits: int = 0
+    neon: bool = False
     triple: str | None = None
     bf16_dot: bool = False
     amx: bool = False
@@ -114,11 +116,14 @@ def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarg
         dot, pair = 512 if has("avx512vnni") else 0, 512 if has("avx512bw") else 256
         amx = has("amx-int8", "amx-bf16") and chip == host_chip() and triple is None
         amx = amx and may_use_amx()
-        return KernelTarget("llvm", chip, 32, 512, dot, pair, triple, has("avx512bf16"), amx)
+        own = (dot, pair, False, triple, has("avx512bf16"), amx)
+        return KernelTarget("llvm", chip, 32, 512, *own)
     if has("avx2"):
-        return KernelTarget("llvm", chip, 16, 256, 256 if has("avxvnni") else 0, 256, triple)
+        dot = 256 if has("avxvnni") else 0
+        return KernelTarget("llvm", chip, 16, 256, dot, 256, triple=triple)
     if has("neon"):
-        return KernelTarget("llvm", chip, 32, 128, triple=triple)
+        dot = 128 if has("dotprod") else 0
+        return KernelTarget("llvm", chip, 32, 128, dot, 128, neon=True, triple=triple)
     return KernelTarget("llvm", chip, 16, 128, byte_bits=128 if has("ssse3") else 0, triple=triple)
 
 

@@ -1,9 +1,12 @@
-"""What each generation of x86 has for bytes: products of four a lane, and tables of 16.
+"""What each generation of CPUs has for bytes: products of four a lane, and tables of 16.
 
-From VNNI on one instruction adds four products. Before, two neighbouring ones are added in 16 bits,
-which saturate: two of an unsigned byte and of a weight of at most 64 fit (powers of two in int8 are
-no larger), two with a weight of 127 do not. For those inputs are signed, the sign goes to the
-weight, and what is left is at most 127: one instruction more.
+On x86 one instruction adds four products from VNNI on. Before, two neighbouring ones are added in
+16 bits, which saturate: two of an unsigned byte and of a weight of at most 64 fit (powers of two in
+int8 are no larger), two with a weight of 127 do not. For those inputs are signed, the sign goes to
+the weight, and what is left is at most 127: one instruction more.
+
+On Arm one instruction adds four products of signed bytes from SDOT on. Before, two neighbours
+are added in 16 bits as well, and fit, as no code of ours is -128.
 """
 
 from __future__ import annotations
@@ -38,7 +41,16 @@ _PSHUFB = {
     256: "llvm.x86.avx2.pshuf.b",
     512: "llvm.x86.avx512.pshuf.b.512",
 }
-_VPDPBUSD = {256: "llvm.x86.avx512.vpdpbusd.256", 512: "llvm.x86.avx512.vpdpbusd.512"}
+# How each reads its inputs, and its name; of 128 bits Arm's.
+_DOTS = {
+    128: ("int8", "llvm.aarch64.neon.sdot.v4i32.v16i8"),
+    256: ("uint8", "llvm.x86.avx512.vpdpbusd.256"),
+    512: ("uint8", "llvm.x86.avx512.vpdpbusd.512"),
+}
+_TBL = "llvm.aarch64.neon.tbl1.v16i8"
+_SMULL = "llvm.aarch64.neon.smull.v8i16"
+_ADDP = "llvm.aarch64.neon.addp.v8i16"
+_SADDLP = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
 _CODES = LANES * DOT_GROUP
 
 
@@ -57,7 +69,10 @@ class ByteDot(NamedTuple):
 def byte_dot(target: KernelTarget, largest_weight: int) -> ByteDot | None:
     """The fastest that a target has for weights no larger; None where it has nothing for it."""
     if bits := target.byte_dot_bits:
-        return ByteDot("uint8", partial(_by_one, bits))
+        inputs, name = _DOTS[bits]
+        return ByteDot(inputs, partial(_by_one, bits, name))
+    if target.neon:
+        return ByteDot("int8", _by_long_products)
     if not (bits := target.byte_bits):
         return None
     if largest_weight <= LARGEST_SMALL_WEIGHT:
@@ -72,18 +87,17 @@ def byte_table(target: KernelTarget, entries: list[int], index: Any) -> Any:
 
     def look_up(part: Any) -> Any:
         table = tirx.Shuffle([row] * (bits // 128), places(bits // 8))
-        return T.call_llvm_pure_intrin(f"int8x{bits // 8}", _PSHUFB[bits], table, part)
+        name = _TBL if target.neon else _PSHUFB[bits]
+        return T.call_llvm_pure_intrin(f"int8x{bits // 8}", name, table, part)
 
     return _whole([look_up(part) for part in _parts(bits, index, _CODES)], bits // 8)
 
 
-def _by_one(bits: int, sums: Any, x: Any, weights: Any) -> Any:
-    """Source: Intel SDM, VPDPBUSD."""
-    lanes, codes = bits // 32, tirx.reinterpret(f"uint8x{_CODES}", x)
+def _by_one(bits: int, name: str, sums: Any, x: Any, weights: Any) -> Any:
+    """Source: Intel SDM, VPDPBUSD; Arm Architecture Reference Manual, SDOT."""
+    lanes, codes = bits // 32, tirx.reinterpret(f"int8x{_CODES}", x)
     parts = [_parts(bits, sums, LANES), *(_parts(bits, own, _CODES) for own in (codes, weights))]
-    done = [
-        T.call_llvm_pure_intrin(f"int32x{lanes}", _VPDPBUSD[bits], *part) for part in zip(*parts)
-    ]
+    done = [T.call_llvm_pure_intrin(f"int32x{lanes}", name, *part) for part in zip(*parts)]
     return _whole(done, lanes)
 
 
@@ -106,6 +120,18 @@ def _by_signed_pairs(bits: int, sums: Any, x: Any, weights: Any) -> Any:
     return sums + _whole(fours, bits // 32)
 
 
+def _by_long_products(sums: Any, x: Any, weights: Any) -> Any:
+    """Source: Arm Architecture Reference Manual, SMULL, ADDP and SADALP."""
+    fours, bits = [], 128
+    codes = _parts(bits, tirx.reinterpret(f"int8x{_CODES}", x), _CODES)
+    for part in zip(codes, _parts(bits, weights, _CODES)):
+        halves = zip(*(_parts(256, own, 16) for own in part))
+        products = [T.call_llvm_pure_intrin("int16x8", _SMULL, *half) for half in halves]
+        pairs = T.call_llvm_pure_intrin("int16x8", _ADDP, *products)
+        fours.append(T.call_llvm_pure_intrin("int32x4", _SADDLP, pairs))
+    return sums + _whole(fours, bits // 32)
+
+
 def _fours(bits: int, x: Any, weights: Any) -> Any:
     """int32 sums of four products each, of a register."""
     ones = fill(tirx.const(1, "int16"), bits // 16)
@@ -114,7 +140,7 @@ def _fours(bits: int, x: Any, weights: Any) -> Any:
 
 
 def _parts(bits: int, vector: Any, lanes: int) -> list[Any]:
-    """A vector cut into registers."""
+    """A vector cut into as many parts as 512 bits are registers."""
     count = 512 // bits
     if count == 1:
         return [vector]

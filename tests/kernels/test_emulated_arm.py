@@ -1,0 +1,99 @@
+"""Every kernel of the CPU against the float64 oracle on 64-bit Arm: see ``emulated_arm``."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from emulated_arm import EmulatedArm
+
+from kernels.build import arguments, compiled, lowerings
+from kernels.packing import LinearParameters
+from kernels.reference import max_abs_error, random_operands
+from kernels.targets import cpu_target
+from kernels.workload import attention, linear
+
+# With SDOT and without.
+CHIPS = ("neoverse-n1", "cortex-a72")
+LINEAR = (
+    "mult_fp32",
+    "mult_bf16",
+    "mult_int8",
+    "mult_int7",
+    "shift_fp32",
+    "shift_bf16",
+    "shift_int8",
+    "shift_int8_wide",
+    "shift_int4",
+)
+
+
+def _target(chip):
+    return cpu_target(chip, "aarch64-linux-gnu")
+
+
+def _kernel(workload, chip, lowering=None):
+    target = _target(chip)
+    lowering = lowering or lowerings(workload, target)[0]
+    return EmulatedArm(compiled(lowering, workload.family, target))
+
+
+def _run(kernel, workload, operands):
+    rows = (workload.m, workload.n)
+    out = torch.full(rows if workload.kind == "linear" else (workload.b, *rows), torch.nan)
+    kernel(*arguments(operands), out)
+    return out
+
+
+def _matches(kernel, workload):
+    operands = random_operands(workload, seed=torch.seed() % 2**31)
+    error, within = max_abs_error(workload, operands, _run(kernel, workload, operands))
+    assert within, f"{workload.label} is off by {error}"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("form", LINEAR)
+def test_linear_matches_the_oracle_for_any_number_of_rows(form, chip):
+    for features in ((1, 1), (37, 33), (130, 64)):
+        kernel = _kernel(linear(form, 1, *features), chip)
+        for rows in (1, 7, 21):
+            _matches(kernel, linear(form, rows, *features))
+
+
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+def test_attention_matches_the_oracle(alphabet):
+    for shape in ((1, 1, 1, 1), (2, 33, 20, 24), (1, 300, 72, 40)):
+        for workload in attention(*shape, alphabet):
+            for lowering in lowerings(workload, _target(CHIPS[0])):
+                _matches(_kernel(workload, CHIPS[0], lowering), workload)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("form", "largest"), [("mult_int8", 127), ("shift_int8", 64)])
+def test_the_largest_products_do_not_saturate(form, largest, chip):
+    workload = linear(form, 3, 64, 33)
+    unit = 1.0 if form.startswith("mult") else 1.0 / largest
+    signs = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]]).repeat(1, 32)
+    weight = torch.full((33, 64), largest * unit)
+    weight[1::2] *= -1
+    given = LinearParameters(form, weight, torch.ones(33), torch.zeros(33))
+    extreme = replace(random_operands(workload), x=signs * 5, parameters=given)
+    out = _run(_kernel(workload, chip), workload, extreme)
+    torch.testing.assert_close(out, signs * 5 @ weight.T, rtol=1e-6, atol=1e-4)
+
+
+def test_what_surrounds_a_linear_is_fused():
+    around = ("layer_norm", "gelu", "residual")
+    workload = linear("mult_int8", 9, 64, 64, around=around)
+    _matches(_kernel(workload, CHIPS[0]), workload)
+
+
+def test_bytes_are_multiplied_and_looked_up_by_the_chips_own_instructions():
+    for chip, form, found in (
+        ("neoverse-n1", "mult_int8", "sdot"),
+        ("apple-m1", "shift_int8", "sdot"),
+        ("cortex-a72", "mult_int8", "smull"),
+        ("cortex-a72", "shift_int4", "tbl"),
+    ):
+        workload, target = linear(form, 4, 64, 64), _target(chip)
+        program = compiled(lowerings(workload, target)[0], workload.family, target)
+        assert f"\t{found}\t" in program.mod.inspect_source("asm"), (chip, form)
