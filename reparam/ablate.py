@@ -32,6 +32,7 @@ from reparam.ablation_unit import Study, Unit, check_units, run_unit
 from reparam.ablation_variants import ATTENTIONS, ORIGINAL, PRESETS, VARIANTS
 from reparam.convert import ConversionError
 from reparam.recipe import load_recipe
+from reparam.recipe_models import with_fastest_mult
 from reparam.results import Interval
 
 app = typer.Typer(add_completion=False)
@@ -77,6 +78,7 @@ def ablate(
     recipe_name, settings = load_recipe(recipe or chosen.recipe)
     table_file = find_table(latency_table, out)
     table = LatencyTable.load(table_file)
+    settings = with_fastest_mult(settings, table.lookup, console)
     device = cpu_info(settings.threads)
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)

@@ -7,11 +7,9 @@ Each epoch is kept under ``checkpoints/``: after an interruption the same comman
 
 from __future__ import annotations
 
-import copy
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -20,19 +18,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable, TableError
-from kernels.workload import Workload
 from profiler.command_line import BadInput, output_folder
 from profiler.command_line import run as run_command
 from profiler.device import cpu_info
-from reparam.convert import ConversionError, reparameterize_
+from reparam.convert import ConversionError
 from reparam.distributed import process_group, wait_for_all
-from reparam.expert_latency import layer_workloads, set_expert_latencies_, undecided
+from reparam.expert_latency import set_expert_latencies_
 from reparam.outcome import Candidate, evaluate_candidates, rows_of, write_rows
-from reparam.recipe import Recipe, create_model, load_recipe
+from reparam.recipe import Recipe, load_recipe
+from reparam.recipe_models import converted_copies, with_fastest_mult
 from reparam.results import FinetuneResults, Interval
 from reparam.stages import (
     Run,
@@ -73,6 +70,7 @@ def finetune(
     """
     name, settings = load_recipe(recipe)
     table = LatencyTable.load(latency_table)
+    settings = with_fastest_mult(settings, table.lookup, console)
     if out is None and not latency_table.exists():
         raise BadInput(f"--out: is needed with a table that ships ({latency_table})")
     deploy_device = cpu_info(settings.threads)
@@ -139,7 +137,7 @@ def check_conversions(
         ConversionError: If a rule of the recipe matches nothing.
         TableError: If the table cannot answer for an expert.
     """
-    models = _converted_copies(recipe, original)
+    models = converted_copies(recipe, original)
     set_expert_latencies_(next(models), table.lookup, example)
     for variant, model in zip(recipe.variants, models):
         set_expert_latencies_(model, table.lookup, example)
@@ -154,40 +152,9 @@ def check_budgets(run: Run, original: nn.Module) -> None:
     """
     if not any(variant.has_budget for variant in run.recipe.variants):
         return
-    _, *models = _converted_copies(run.recipe, original)
+    _, *models = converted_copies(run.recipe, original)
     for variant, model in zip(run.recipe.variants, models):
         check_budget(run, variant, model)
-
-
-def recipe_workloads(recipe: Recipe) -> list[Workload]:
-    """The workloads of a recipe's variants at its ``deploy_batch``, for a sweep to measure.
-
-    Each expert of an MoE is there at all tokens of its layer: what the router's loss asks for.
-
-    Raises:
-        ConversionError: If a rule of the recipe matches nothing.
-    """
-    settings = recipe.model.model_copy(update={"pretrained": False})
-    original = create_model(settings)
-    sizes = {name: settings.kwargs.get(name) for name in ("img_size", "in_chans")}
-    shape = resolve_data_config(sizes, model=original)["input_size"]
-    example = torch.zeros(recipe.deploy_batch, *shape)
-    found: dict[Workload, None] = {}
-    for model in _converted_copies(recipe, original):
-        for workloads in layer_workloads(model, example, undecided(model, example)).values():
-            found |= dict.fromkeys(workloads)
-    return list(found)
-
-
-def _converted_copies(recipe: Recipe, original: nn.Module) -> Iterator[nn.Module]:
-    """The original, converted by stage 1 and for each variant, not trained."""
-    attention = copy.deepcopy(original)
-    reparameterize_(attention, recipe.attention_config, recipe.allows(attention))
-    yield attention
-    for variant in recipe.variants:
-        model = copy.deepcopy(attention)
-        reparameterize_(model, recipe.linears_config(variant), recipe.allows(model))
-        yield model
 
 
 def train_all(run: Run, model: nn.Module) -> list[Candidate]:

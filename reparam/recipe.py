@@ -19,7 +19,10 @@ from reparam.shift import ShiftVariant
 
 RECIPES = Path(__file__).parent / "recipes"
 
-ExpertForm = ShiftForm | MultForm
+# Of whole weights in 8 bits or fewer, those that the latency table's device multiplies fastest.
+MULT_FASTEST = "mult_fastest"
+
+ExpertForm = ShiftForm | MultForm | Literal["mult_fastest"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -143,7 +146,8 @@ class Recipe(_Strict):
             and window masks (swin).
         drop_bias: Whether ``add`` may drop those.
         alphabet: Binary alphabet of queries and keys.
-        experts: Form of each expert of an MoE.
+        experts: Form of each expert of an MoE; ``mult_fastest`` is mult_int8, or mult_int7 on a
+            device that multiplies it faster.
         shift_variant: How shift weights are trained (DeepShift-Q or -PS).
         keep: Patterns of modules that stay as they are (``stages.3.*``).
         variants: Outcomes of stage 2, the one that counts last.
@@ -175,6 +179,12 @@ class Recipe(_Strict):
         if self.pretrain is None and not self.model.pretrained:
             raise ValueError("pretrain: is needed for a model without pre-trained weights")
         return self
+
+    @property
+    def asks_for_fastest(self) -> bool:
+        """Whether an expert's form is still to be chosen for a device."""
+        every = (self.experts, *(variant.experts or {} for variant in self.variants))
+        return any(MULT_FASTEST in experts.values() for experts in every)
 
     @property
     def attention_config(self) -> ReparamConfig:

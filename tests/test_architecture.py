@@ -172,8 +172,8 @@ def test_every_package_is_listed_for_installation():
 
 
 def test_the_quick_sweep_holds_every_workload_of_the_quick_recipe():
-    pytest.importorskip("reparam.finetune")
-    from reparam.finetune import recipe_workloads
+    pytest.importorskip("reparam.recipe_models")
+    from reparam.recipe_models import recipe_workloads
 
     sweep = SweepConfig.model_validate(
         tomllib.loads((ROOT / "profiler/sweeps/quick-cpu.toml").read_text())

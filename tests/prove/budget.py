@@ -30,6 +30,7 @@ from reparam.deploy import deploy
 from reparam.model_cost import measure_latencies
 from reparam.plan import planned
 from reparam.recipe import Variant, load_recipe
+from reparam.recipe_models import with_fastest_mult
 from reparam.results import Interval
 from reparam.stages import (
     Run,
@@ -66,8 +67,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder.")] = Path("runs/prove"),
 ) -> None:
     """Prints a line for each budget."""
-    _, recipe = load_recipe("digits-quick")
     table = LatencyTable.load(latency_table)
+    recipe = with_fastest_mult(load_recipe("digits-quick")[1], table.lookup, Console(stderr=True))
     here = cpu_info(recipe.threads)
     if table.device.fingerprint != here.fingerprint:
         raise BadInput(f"--latency-table: is of {table.device.label}, this is {here.label}")

@@ -32,6 +32,7 @@ from reparam.ablation_variants import ORIGINAL, VARIANTS
 from reparam.convert import ConversionError
 from reparam.data import FOLDS
 from reparam.recipe import load_recipe
+from reparam.recipe_models import with_fastest_mult
 
 # Two-sided 90 %: its lower end is the one-sided 95 % bound.
 TWO_SIDED = 0.90
@@ -100,9 +101,11 @@ def main(
     name, settings = load_recipe(recipe)
     table_file = find_table(latency_table, out)
     table = LatencyTable.load(table_file)
+    console = Console(stderr=True)
+    settings = with_fastest_mult(settings, table.lookup, console)
     torch.set_num_threads(settings.threads)
     folder = output_folder(out / f"non_inferiority_{name}")
-    study = Study(settings, table, None, folder, Console(stderr=True))
+    study = Study(settings, table, None, folder, console)
     draws = [(fold, seed) for fold in range(folds) for seed in range(seeds)]
     units = [(Unit(ORIGINAL, seed, fold), Unit(variant, seed, fold)) for fold, seed in draws]
     every = [unit for pair in units for unit in pair]
