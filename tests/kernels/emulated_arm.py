@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import tvm
@@ -18,6 +20,7 @@ from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from torch import Tensor
+from tvm import tirx
 from unicorn import UC_ARCH_ARM64, UC_HOOK_CODE, UC_MODE_ARM, Uc
 from unicorn.arm64_const import (
     UC_ARM64_REG_CPACR_EL1,
@@ -30,6 +33,11 @@ from unicorn.arm64_const import (
     UC_ARM64_REG_X3,
     UC_CPU_ARM64_MAX,
 )
+
+import kernels.expert_ops
+import kernels.layer_kernels
+from kernels.build import compile_program
+from kernels.targets import KernelTarget
 
 # Memory of the emulated machine: where each part begins, and how large it is. Nothing lies
 # between. Stubs, addresses at which a function is called that the kernel lacks, a call must reach.
@@ -67,10 +75,11 @@ class EmulatedArm:
         self._machine.hook_add(UC_HOOK_CODE, self._called, begin=_STUBS, end=_STUBS + _SIZE)
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Launches the kernel on contiguous tensors; results are copied back."""
+        """Launches the kernel on copies of the tensors' memory, and copies it back."""
         self._next = _DATA
-        places = [self._put(_bytes_of(tensor)) for tensor in tensors]
-        views = [self._put(_view(*both, self._put)) for both in zip(tensors, places)]
+        storages = {own.data_ptr(): own for own in (t.untyped_storage() for t in tensors)}
+        places = {key: self._put(_content(storage)) for key, storage in storages.items()}
+        views = [self._put(_view(t, places, self._put)) for t in tensors]
         values = b"".join(struct.pack("<iiQ", _TENSOR_POINTER, 0, view) for view in views)
         registers = {
             UC_ARM64_REG_X0: 0,
@@ -84,9 +93,10 @@ class EmulatedArm:
             self._machine.reg_write(register, value)
         self._machine.emu_start(self._symbols["__tvm_ffi_main"], self._stub(_DONE))
         assert self._machine.reg_read(UC_ARM64_REG_X0) & 0xFFFFFFFF == 0, "the kernel failed"
-        for tensor, place in zip(tensors, places):
-            held = self._machine.mem_read(place, tensor.nbytes)
-            tensor.copy_(torch.frombuffer(held, dtype=tensor.dtype).view(tensor.shape))
+        for key, storage in storages.items():
+            if storage.nbytes():
+                held = self._machine.mem_read(places[key], storage.nbytes())
+                storage.copy_(torch.frombuffer(held, dtype=torch.uint8).untyped_storage())
 
     def _put(self, content: bytes) -> int:
         place = self._next
@@ -203,6 +213,27 @@ class EmulatedArm:
         return place
 
 
+@contextmanager
+def emulation(target: KernelTarget) -> Iterator[None]:
+    """Within it the kernels of deployed layers are built for an Arm target, and emulated."""
+
+    def emulated(function: tirx.PrimFunc, target: KernelTarget) -> dict[str, EmulatedArm]:
+        return {"main": EmulatedArm(compile_program(function, target))}
+
+    def build_anew() -> None:
+        kernels.layer_kernels.layer_kernel.cache_clear()
+        kernels.expert_ops.experts_kernel.cache_clear()
+
+    build_anew()
+    with (
+        patch.object(kernels.layer_kernels, "compile_program", emulated),
+        patch.object(kernels.layer_kernels, "cpu_target", lambda: target),
+        patch.object(kernels.expert_ops, "cpu_target", lambda: target),
+    ):
+        yield
+    build_anew()
+
+
 # R_AARCH64_ABS64, ABS32, PREL64, PREL32: bytes, and whether from the place itself.
 _DATA_SIZES = {257: (8, 0), 258: (4, 0), 260: (8, 1), 261: (4, 1)}
 # ADD_ABS_LO12_NC and LDST8, 16, 32, 64, 128: low bits that the instruction leaves out.
@@ -215,15 +246,15 @@ def _pointer(address: int) -> bytes:
     return struct.pack("<Q", address)
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return (
-        tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    )
+def _content(storage: torch.UntypedStorage) -> bytes:
+    return bytes(torch.tensor([], dtype=torch.uint8).set_(storage).numpy())
 
 
-def _view(tensor: Tensor, place: int, put: Callable[[bytes], int]) -> bytes:
+def _view(tensor: Tensor, places: Mapping[int, int], put: Callable[[bytes], int]) -> bytes:
     """A DLTensor. Source: DLPack, dlpack.h."""
     code, bits = _KINDS[str(tensor.dtype).removeprefix("torch.")]
     sizes: Sequence[Any] = (tensor.shape, tensor.stride())
     shape, strides = (put(struct.pack(f"<{tensor.ndim}q", *own)) for own in sizes)
+    first = tensor.storage_offset() * tensor.itemsize
+    place = places[tensor.untyped_storage().data_ptr()] + first
     return struct.pack("<QiiiBBHQQQ", place, 1, 0, tensor.ndim, code, bits, 1, shape, strides, 0)

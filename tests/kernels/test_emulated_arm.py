@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import test_layer_kernels as layers
 import torch
-from emulated_arm import EmulatedArm
+from emulated_arm import EmulatedArm, emulation
 
 from kernels.build import arguments, compiled, lowerings
 from kernels.packing import LinearParameters
@@ -85,6 +86,19 @@ def test_what_surrounds_a_linear_is_fused():
     around = ("layer_norm", "gelu", "residual")
     workload = linear("mult_int8", 9, 64, 64, around=around)
     _matches(_kernel(workload, CHIPS[0]), workload)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_deployed_layers_are_their_steps(chip):
+    forms = ("mult_int8", "shift_int4")
+    with emulation(_target(chip)):
+        layers.test_angular_attention(2, 33, 3, 32, True, "pm1")
+        layers.test_top1_routing(77, 40, 5, True)
+        layers.test_depthwise_gelu(2, 5, 7, 48, True)
+        layers.test_depthwise_moe_is_its_steps(forms, True, 2, 5, 7)
+        layers.test_experts_are_their_steps(forms, [70, 37], True, True, True)
+        layers.test_layer_norm((2, 3, 5, 40))
+        layers.test_patches_are_what_a_convolution_multiplies(7, 4, 3, 2, 5, 9, 14)
 
 
 def test_bytes_are_multiplied_and_looked_up_by_the_chips_own_instructions():
