@@ -9,7 +9,7 @@ Pure functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from statistics import fmean
@@ -22,6 +22,9 @@ from profiler.samples import CLOCK_RATE, FEWEST_BURSTS, Timing, TimingSettings, 
 # Names in ``Timing.details``: how many passes a figure is of, and how far their medians lie apart,
 # the largest over the least, less 1.
 PASSES, PASS_SPREAD = "passes", "pass_spread"
+
+# Times as slow as the fastest of its kind, from which on one pass is enough.
+FAR_BEHIND = 4.0
 
 _MEANS = ("waiting_share", "others_share", "own_core_share", CLOCK_RATE)
 
@@ -47,16 +50,33 @@ def pool(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
         passes: Timings by name of each pass, one at least.
 
     Returns:
-        A Timing for each name of the last pass.
+        A Timing for each name.
     """
     lengths = [max(len(timing.rounds_ms) for timing in timings.values()) for timings in passes]
     found = {}
-    for name in passes[-1]:
+    for name in dict.fromkeys(chain.from_iterable(passes)):
         rounds = [timings[name].rounds_ms if name in timings else () for timings in passes]
         filled = ((*some, *[None] * (length - len(some))) for some, length in zip(rounds, lengths))
         together = _together([timings[name] for timings in passes if name in timings])
         found[name] = replace(together, rounds_ms=tuple(chain.from_iterable(filled)))
     return found
+
+
+def far_behind(passes: Sequence[Mapping[str, Timing]], rivals: Collection[str]) -> set[str]:
+    """Those of some rivals that another of them is FAR_BEHIND times as fast as.
+
+    A further pass would say nothing new of them, and take the longest: PyTorch's bf16 takes seconds
+    a launch on a CPU that has no instruction for it.
+
+    Args:
+        passes: Timings by name of the passes so far; may be none.
+        rivals: Names.
+    """
+    found = pool(passes) if passes else {}
+    known = {name: found[name].latency_ms for name in rivals if name in found}
+    latencies = {name: latency_ms for name, latency_ms in known.items() if latency_ms}
+    least_ms = min(latencies.values(), default=0.0)
+    return {name for name, latency_ms in latencies.items() if latency_ms > FAR_BEHIND * least_ms}
 
 
 def _together(parts: Sequence[Timing]) -> Timing:

@@ -9,7 +9,7 @@ from typing import Any
 from profiler.candidates import Candidate, bind_all
 from profiler.energy import EnergyReading
 from profiler.measurement import Measurement
-from profiler.passes import of_a_pass, pool
+from profiler.passes import far_behind, of_a_pass, pool
 from profiler.ratios import paired_ratio
 from profiler.roofline import roofline_share
 from profiler.samples import Timing
@@ -54,9 +54,10 @@ def measure(product: Product, setting: Setting) -> Iterator[list[Measurement]]:
     launches, failed = bind_all(product.group, setting)
     settings = of_a_pass(setting.timing, setting.config.passes)
     for cache in setting.config.cache:
-        named = {candidate.name: launch for candidate, launch in launches.items()}
+        passes = product.passes.setdefault(cache, [])
+        left_out = far_behind(passes, [c.name for c in launches if c.is_baseline])
+        named = {c.name: launch for c, launch in launches.items() if c.name not in left_out}
         with setting.accounting.charge("sampling"):
-            passes = product.passes.setdefault(cache, [])
             passes.append(setting.site.time(named, settings, cache))
         by_name = pool(passes)
         timings = {candidate: by_name[candidate.name] for candidate in launches}

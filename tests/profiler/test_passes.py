@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.passes import PASS_SPREAD, PASSES, of_a_pass, pool
+from profiler.passes import PASS_SPREAD, PASSES, far_behind, of_a_pass, pool
 from profiler.ratios import paired_ratio
 from profiler.samples import CLOCK_RATE, PRESETS, Timing, TimingSettings
 
@@ -103,7 +103,17 @@ def test_one_that_could_not_be_bound_once_is_still_one():
     found = pool([{"a": timing(1.0)}, {"a": timing(1.0), "b": timing(2.0)}])
     assert found["b"].details[PASSES] == 1
     assert paired_ratio(found["b"], found["a"]).value == pytest.approx(2.0)
-    assert set(pool([{"a": timing(1.0), "b": timing(2.0)}, {"a": timing(1.0)}])) == {"a"}
+    found = pool([{"a": timing(1.0), "b": timing(2.0)}, {"a": timing(1.0)}])
+    assert found["a"].details[PASSES] == 2 and found["b"].details[PASSES] == 1
+
+
+def test_a_rival_far_behind_another_is_measured_once(contended):
+    passes = [{"ours": timing(0.1), "a": timing(1.0), "b": timing(3.0), "slow": timing(5.0)}]
+    assert far_behind(passes, ["a", "b", "slow"]) == {"slow"}
+    # It is the rivals' own fastest that counts, and what has no figure is measured again.
+    assert far_behind(passes, ["b", "slow"]) == set()
+    assert far_behind([{"a": timing(1.0), "slow": contended}], ["a", "slow"]) == set()
+    assert far_behind([], ["a"]) == set()
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3, 9])
