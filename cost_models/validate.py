@@ -2,9 +2,10 @@
 
 python -m cost_models.validate                        the rows behind a table that ships
 python -m cost_models.validate --store rows.sqlite
+python -m cost_models.validate --onto amd-zen3-avx2-2c-1t
 
 kernels   errors on rows that no model has seen, beside work alone, a roofline, the nearest shape
-transfer  where the store holds several devices: each other's models with a few of their own rows
+transfer  to other devices of the store and of --onto: these models with a few rows of the other one
 speed     fitting, one lookup, many predictions
 """
 
@@ -189,12 +190,18 @@ def main(
         str | None,
         typer.Option(help="Fingerprint of the device to model; others are transferred to."),
     ] = None,
+    onto: Annotated[
+        str | None, typer.Option(help="A further store, or table that ships, to transfer to.")
+    ] = None,
 ) -> None:
     """Reads top to bottom as the three questions."""
     console = Console()
     name = shipped if store is None else store_name(store)
     hot = of_primitives(shipped_rows(shipped) if store is None else read_store(store))
     known = choose_device(hot, name, device)
+    if onto is not None:
+        further = shipped_rows(onto) if onto in shipped_tables() else read_store(onto)
+        hot += [r for r in of_primitives(further) if r.device.fingerprint != known.fingerprint]
     start = time.perf_counter()
     table, result = fit(hot, name, known.fingerprint)
     fit_s = time.perf_counter() - start
