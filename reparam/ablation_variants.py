@@ -86,6 +86,14 @@ _VARIANTS = (
         "latency_loss_weight": 0.01,
     },
     {
+        # At 0.01 a quarter of the tokens of `pairs` went to the shift, at the minimum of the loss
+        # it would be half of them.
+        "name": "moe_balance_strong",
+        "title": "+ MoE, the paper's loss ten times as strong",
+        **_MOE,
+        "latency_loss_weight": 0.1,
+    },
+    {
         "name": "moe_expected",
         "title": "+ MoE, expected latency within a budget",
         **_MOE,
