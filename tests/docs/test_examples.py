@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 # Tested beside the table that it describes.
 ELSEWHERE = {"latency-table.md"}
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name not in ELSEWHERE)
-SYSTEM = {"nvidia-smi", "sudo"}
+SYSTEM = {"nvidia-smi", "pip", "python", "sudo"}
 
 sys.path.insert(0, str(ROOT / "tests" / "reports"))
 
