@@ -8,6 +8,7 @@ RESTARTS ?= 2
 MODELS ?= runs/models
 TARGET ?= 5
 ROUNDS ?= 4
+JOBS   ?= 2
 
 .PHONY: install run test bench prove refine clean
 
@@ -29,7 +30,8 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not alone" --numprocesses $(JOBS)
+	$(BIN)/pytest -m alone
 
 bench: install
 	$(BIN)/python tests/bench/gate.py --base $(BASE) --restarts $(RESTARTS)

@@ -1,12 +1,41 @@
 """What all tests share. None depends on how long a machine takes: examples have no deadline."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
 from profiler.samples import Timing
 
+# What measures, or works on all cores: with other tests beside it would find no core of its own.
+ALONE = (
+    "bench",
+    "docs",
+    "kernels/test_peaks.py",
+    "kernels/test_search.py",
+    "profiler",
+    "prove",
+    "reparam/test_ablate.py",
+    "reparam/test_calibration.py",
+    "reparam/test_distributed.py",
+    "reparam/test_evaluate.py",
+    "reparam/test_finetune.py",
+    "reparam/test_kept_memory.py",
+    "reparam/test_predicted_measured.py",
+    "reports/test_report_in_browser.py",
+)
+
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks them ``alone``."""
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here) if item.path.is_relative_to(here) else item.path
+        if any(place.is_relative_to(one) for one in ALONE):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")
