@@ -82,7 +82,6 @@ def wrong_figures(disturbed, undisturbed):
     return wrong
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, os.cpu_count() or 1])
 def test_a_sweep_beside_hogs_finds_the_right_figure_or_null(swept, number):
     wrong, before = {}, swept("quiet")
