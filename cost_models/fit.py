@@ -78,8 +78,7 @@ def fit(
             continue
         is_baseline = modelled[0].measurement.is_baseline
         model = LearnedLatency(form, lowering, is_baseline, info, seed)
-        left_out = {"rows_shared": found.shared[form, lowering]}
-        fits.append(validate(model, modelled).model_copy(update=left_out))
+        fits.append(validate(model, modelled, found.shared[form, lowering]))
         models.append(model.fitted_)
         energy_models += energy_model(model, modelled)
     created_at = datetime.now(UTC).isoformat(timespec="seconds")

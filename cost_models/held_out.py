@@ -16,6 +16,7 @@ from cost_models.fit_result import LoweringFit, Point
 from cost_models.fitted_model import Predictions
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.rivals import RIVALS
+from cost_models.shared_cores import learn_from_shared_
 from cost_models.training_rows import Row
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
@@ -104,12 +105,14 @@ def noise_floor(rows: Sequence[Row]) -> float | None:
     return float(100 * np.median(found)) if found else None
 
 
-def validate(model: LearnedLatency, rows: Sequence[Row]) -> LoweringFit:
+def validate(model: LearnedLatency, rows: Sequence[Row], shared: Sequence[Row] = ()) -> LoweringFit:
     """Fits on the training part and reports the errors on the held-out part.
 
     Args:
         model: The main model, unfitted; it is fitted on the training part.
         rows: Of one form and lowering, at least MIN_ROWS.
+        shared: Rows of a shared core, which nothing is tested on; the model may learn from those
+            that are of no held-out widths.
     """
     flags = held_out(split_keys([row.workload for row in rows]))
     train = [row for row, test in zip(rows, flags) if not test]
@@ -117,6 +120,13 @@ def validate(model: LearnedLatency, rows: Sequence[Row]) -> LoweringFit:
     known, seen = [row.workload for row in train], [row.latency_ms for row in train]
     unseen, truth = [row.workload for row in test], [row.latency_ms for row in test]
     model.fit(known, seen)
+    locked = {shape_group(workload) for workload in unseen}
+    hints = [
+        row
+        for row in shared
+        if shape_group(row.workload) not in locked and not is_locked(row.workload)
+    ]
+    learned = learn_from_shared_(model, known, seen, hints)
     main = model.predict_interval(unseen)
     rivals = {
         f"mape_{name}": mape(rival().fit(known, seen).predict(unseen), truth) if test else None
@@ -128,6 +138,8 @@ def validate(model: LearnedLatency, rows: Sequence[Row]) -> LoweringFit:
         is_baseline=model.is_baseline,
         rows_train=len(train),
         rows_test=len(test),
+        rows_shared=len(shared),
+        learned_from_shared=learned,
         mape=mape(main.latency_ms, truth),
         within_10_percent=within_10_percent(main.latency_ms, truth),
         interval_coverage=interval_coverage(main.low_ms, main.high_ms, truth),
@@ -173,7 +185,9 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
         if fit.mape is not None and fit.noise_floor:
             of_noise = f"{fit.mape / fit.noise_floor:.1f}×"
         table.add_row(
-            escape(f"{fit.form} {fit.lowering}") + "*" * fit.is_baseline,
+            escape(f"{fit.form} {fit.lowering}")
+            + "*" * fit.is_baseline
+            + "†" * fit.learned_from_shared,
             str(fit.rows_train),
             str(fit.rows_test),
             _percent(fit.mape, 1),
@@ -185,8 +199,12 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
 
 
 def _shared(fits: Sequence[LoweringFit]) -> str:
-    left_out = sum(fit.rows_shared for fit in fits)
-    return f"; {left_out} rows of a core shared with another guest are left out" * bool(left_out)
+    number = sum(fit.rows_shared for fit in fits)
+    if not number:
+        return ""
+    some = "; models with † learn from them as of another device"
+    carried = some * any(fit.learned_from_shared for fit in fits)
+    return f"; {number} rows of a core shared with another guest are left out{carried}"
 
 
 def _percent(figure: float | None, decimals: int = 0) -> str:

@@ -143,7 +143,7 @@ class LearnedLatency(BaseEstimator):
         hull, found = hull_of(workloads), []
         for candidate in self._finalists(rows):
             model = self._model(candidate, rows, hull)
-            errors, deviations = self._left_out(candidate, model, rows)
+            errors, deviations = _left_out(model, rows)
             found.append((float(np.abs(errors).mean()), model, errors, deviations))
         _, model, errors, deviations = min(found, key=lambda one: one[0])
         width = interval_width(errors / deviations)
@@ -204,28 +204,32 @@ class LearnedLatency(BaseEstimator):
             residuals=tuple(residuals.tolist()),
         )
 
-    def _left_out(
-        self, candidate: _Candidate, model: FittedModel, rows: _Rows
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Log errors and predictive deviations of each row without its group, ``(rows,)`` each.
 
-        The core is fitted anew for each fold; the process keeps its hyper-parameters.
-        """
-        errors, deviations = np.zeros(len(rows.groups)), np.zeros(len(rows.groups))
-        points = np.array(model.points)
-        for train, left in folds_of(rows.groups):
-            kept = rows.take(train)
-            core = _core_of(candidate.core, candidate.machine, kept)
-            fold = changed(
-                model,
-                core=core,
-                points=tuple(map(tuple, points[train].tolist())),
-                residuals=tuple(_residuals(core, kept).tolist()),
-            )
-            predicted = fold.predict_many(rows.take(left).sizes)
-            errors[left] = np.log(rows.latency_ms[left] / predicted.latency_ms)
-            deviations[left] = predicted.deviation
-        return errors, deviations
+def _left_out(model: FittedModel, rows: _Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log errors and predictive deviations of each row without its group, ``(rows,)`` each.
+
+    The core is fitted anew for each fold; the process keeps its hyper-parameters.
+    """
+    errors, deviations = np.zeros(len(rows.groups)), np.zeros(len(rows.groups))
+    for train, left in folds_of(rows.groups):
+        fold = refitted(model, rows.sizes.take(train), rows.latency_ms[train])
+        predicted = fold.predict_many(rows.take(left).sizes)
+        errors[left] = np.log(rows.latency_ms[left] / predicted.latency_ms)
+        deviations[left] = predicted.deviation
+    return errors, deviations
+
+
+def refitted(model: FittedModel, sizes: Sizes, latency_ms: NDArray[np.float64]) -> FittedModel:
+    """A model of the same kind and hyper-parameters, fitted on other rows ``(rows,)``."""
+    facts = form_facts(model.form)
+    core = fit_core(model.core.name, model.core.machine, sizes, facts, latency_ms)
+    residuals = np.log(latency_ms / np.maximum(core.latency_ms(sizes, facts), 1e-12))
+    return changed(
+        model,
+        core=core,
+        points=tuple(map(tuple, points_of(sizes)[:, model.columns].tolist())),
+        residuals=tuple(residuals.tolist()),
+    )
 
 
 def _core_of(name: str, machine: Machine, rows: _Rows) -> PhysicalCore:

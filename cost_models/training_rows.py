@@ -107,13 +107,13 @@ class Grouped:
 
     Attributes:
         groups: By form and lowering.
-        shared: Likewise, how many rows were left out because another guest of the host slowed
-            their core down. A model of the others is nearer than such a figure.
+        shared: Likewise, rows that were left out because another guest of the host slowed their
+            core down. A model of the others is nearer than such a figure.
         skipped: By form and lowering in words, why there is no row at all.
     """
 
     groups: Groups
-    shared: dict[tuple[str, str], int]
+    shared: Groups
     skipped: dict[str, str]
 
 
@@ -143,7 +143,7 @@ def group_rows(rows: Iterable[Measurement], device: DeviceInfo) -> Grouped:
         if (form, lowering) not in groups
     }
     kept = {kernel: _of_whole_cores(some) for kernel, some in sorted(groups.items())}
-    shared = {kernel: len(groups[kernel]) - len(some) for kernel, some in kept.items()}
+    shared = {key: [r for r in groups[key] if r not in some] for key, some in kept.items()}
     return Grouped(kept, shared, skipped)
 
 

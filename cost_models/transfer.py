@@ -98,7 +98,7 @@ class TransferredLatency(BaseEstimator):
         scores = []
         for left in range(len(measured)):
             kept = np.delete(np.arange(len(measured)), left)
-            model = self._fitted(sizes.take(kept), measured[kept])
+            model, _ = carried_over(self.source, self.device, sizes.take(kept), measured[kept])
             predicted = model.predict_many(sizes.take(np.array([left])))
             error = np.log(measured[left] / predicted.latency_ms[0])
             scores.append(abs(error) / predicted.deviation[0])
@@ -106,7 +106,8 @@ class TransferredLatency(BaseEstimator):
         rank = min(len(scores), int(np.ceil(0.9 * (len(scores) + 1))))
         width = max(float(np.sort(scores)[rank - 1]), theory)
         hull = hull_around(self.source.hull, hull_of(workloads))
-        self.fitted_ = changed(self._fitted(sizes, measured), interval_width=width, hull=hull)
+        model, self.factors_ = carried_over(self.source, self.device, sizes, measured)
+        self.fitted_ = changed(model, interval_width=width, hull=hull)
         return self
 
     def predict(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
@@ -117,27 +118,36 @@ class TransferredLatency(BaseEstimator):
         """Median and 90 % interval of each workload."""
         return self.fitted_.predict_many(workloads)
 
-    def _fitted(self, sizes: Sizes, measured: NDArray[np.float64]) -> FittedModel:
-        source, facts = self.source, form_facts(self.source.form)
-        core, self.factors_ = scaled_core(source.core, self.device, sizes, facts, measured)
-        guess = self._learned(sizes)
-        residuals = np.log(measured / core.latency_ms(sizes, facts))
-        foreign = max(_LEAST_FOREIGN, float(np.mean((residuals - guess) ** 2)))
-        points = points_of(sizes)[:, source.columns]
-        return changed(
-            source,
-            core=core,
-            variance=max(source.variance, float(np.mean(residuals**2))),
-            foreign_rows=len(source.points),
-            foreign_noise=foreign,
-            points=(*source.points, *map(tuple, points.tolist())),
-            residuals=(*source.residuals, *residuals.tolist()),
-        )
 
-    def _learned(self, sizes: Sizes) -> NDArray[np.float64]:
-        """What the source's process says beside its core, in log, ``(rows,)``."""
-        core_ms = self.source.core.latency_ms(sizes, form_facts(self.source.form))
-        return np.log(self.source.predict_many(sizes).latency_ms / core_ms)
+def carried_over(
+    source: FittedModel, device: DeviceInfo, sizes: Sizes, latency_ms: NDArray[np.float64]
+) -> tuple[FittedModel, dict[str, float]]:
+    """A model of another device, with the source's hull and width of intervals.
+
+    Args:
+        source: Of the device that is known.
+        device: The other one.
+        sizes, latency_ms: What was measured on it, ``(rows,)``.
+
+    Returns:
+        The model, and cost there over cost here by resource.
+    """
+    facts = form_facts(source.form)
+    core, factors = scaled_core(source.core, device, sizes, facts, latency_ms)
+    beside = source.predict_many(sizes).latency_ms / source.core.latency_ms(sizes, facts)
+    residuals = np.log(latency_ms / core.latency_ms(sizes, facts))
+    foreign = max(_LEAST_FOREIGN, float(np.mean((residuals - np.log(beside)) ** 2)))
+    points = points_of(sizes)[:, source.columns]
+    model = changed(
+        source,
+        core=core,
+        variance=max(source.variance, float(np.mean(residuals**2))),
+        foreign_rows=len(source.points),
+        foreign_noise=foreign,
+        points=(*source.points, *map(tuple, points.tolist())),
+        residuals=(*source.residuals, *residuals.tolist()),
+    )
+    return model, factors
 
 
 def scaled_core(

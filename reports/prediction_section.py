@@ -52,7 +52,12 @@ def prediction(run: RunFolder) -> Section:
         f"{percent(held_out_mape(run, 'mape_nearest'))}.",
     )
     if shared := sum(fit.rows_shared for fit in run.fit.fits):
-        lead = (*lead, f"{shared} rows of a core that another guest of the host used are left out.")
+        text = f"{shared} rows of a core that another guest of the host used are left out"
+        if carried := sum(fit.learned_from_shared for fit in run.fit.fits):
+            text += (
+                f"; {carried} of {len(run.fit.fits)} models learn from them, as of another device"
+            )
+        lead = (*lead, text + ".")
     drawn = _drawn(points)
     if not points.empty:
         pictures.insert(
