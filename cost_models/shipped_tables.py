@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent / "shipped"
 SHIPPED: dict[str, str] = {
     "amd-zen4-avx512-2c-1t": "87923691d0273616",
     "intel-xeon-amx-2c-1t": "1e467a9986197d6d",
+    "amd-zen3-avx2-2c-1t": "05e0e6f9d609d42c",
 }
 
 # Family and model of x86 processors -> vendor and microarchitecture, first and last model.
