@@ -1,29 +1,38 @@
 """The command of evaluations: input that a person can mend ends in one line, nothing written."""
 
-import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from cost_models.latency_table import LatencyTable
+from cost_models.latency_table import LatencyTable, TableError
+from profiler.command_line import run
 from profiler.samples import TimingSettings
 from reparam import other_runtimes
+from reparam.convert import ConversionError
 from reparam.deployed_mlps import DeployedMoE
-from reparam.evaluate import prepared
+from reparam.evaluate import app, prepared
 from reparam.moe import moe_layers
 from reparam.scaling import attention_sizes, measure_scaling
 from reparam.versus_torch import compare
 
 
-def refused(folder, *arguments):
-    command = [sys.executable, "-m", "reparam.evaluate", *map(str, arguments), "--out", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert not folder.exists()
-    (line,) = done.stderr.strip().splitlines()
-    return line
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """The one line on stderr; nothing is written."""
+    folder = tmp_path / "out"
+
+    def refuse(*arguments):
+        given = ["reparam.evaluate", *map(str, arguments), "--out", str(folder)]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as stopped:
+            run(app, (ConversionError, TableError))
+        assert stopped.value.code == 2 and not folder.exists()
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    return refuse
 
 
 @pytest.fixture
@@ -35,18 +44,16 @@ def foreign_table(tmp_path):
     return path
 
 
-def test_bad_input_is_named(tmp_path, foreign_table):
-    out = tmp_path / "out"
-    assert "--versus-torch" in refused(out)
-    assert "--table" in refused(out, "--predicted-versus-measured")
-    line = refused(out, "--predicted-versus-measured", "--table", foreign_table)
+def test_bad_input_is_named(tmp_path, refused, foreign_table):
+    assert "--versus-torch" in refused()
+    assert "--table" in refused("--predicted-versus-measured")
+    line = refused("--predicted-versus-measured", "--table", foreign_table)
     assert "another CPU" in line
-    assert "absent.json" in refused(
-        out, "--predicted-versus-measured", "--table", tmp_path / "absent.json"
-    )
-    assert "--batch" in refused(out, "--scaling", "--batch", "none")
-    assert "mult_int7" in refused(out, "--dispatch", "--mult", "mult_int9")
-    assert "--mult" in refused(out, "--predicted-versus-measured", "--mult", "mult_int7")
+    absent = tmp_path / "absent.json"
+    assert "absent.json" in refused("--predicted-versus-measured", "--table", absent)
+    assert "--batch" in refused("--scaling", "--batch", "none")
+    assert "mult_int7" in refused("--dispatch", "--mult", "mult_int9")
+    assert "--mult" in refused("--predicted-versus-measured", "--mult", "mult_int7")
 
 
 def test_the_mult_expert_is_of_the_form_that_is_named():
