@@ -142,19 +142,22 @@ def group_rows(rows: Iterable[Measurement], device: DeviceInfo) -> Grouped:
         for (form, lowering), reason in reasons.items()
         if (form, lowering) not in groups
     }
-    kept = {kernel: _of_whole_cores(some) for kernel, some in sorted(groups.items())}
-    shared = {key: [r for r in groups[key] if r not in some] for key, some in kept.items()}
+    parted = {kernel: _parted(some) for kernel, some in sorted(groups.items())}
+    kept = {kernel: own for kernel, (own, _) in parted.items()}
+    shared = {kernel: left for kernel, (_, left) in parted.items()}
     return Grouped(kept, shared, skipped)
 
 
-def _of_whole_cores(rows: list[Row]) -> list[Row]:
-    """Leaves out what a model can stand for, of ours and of baselines alike.
+def _parted(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Leaves out what a model can stand for, of ours and of baselines alike: the rest, and those.
 
     That a core was shared is known from work of its own beside the samples
     (``profiler.shared_core``), not from how far a figure lies from a model.
     """
-    own = [
-        row for row in rows if not (row.workload.is_canonical and row.measurement.on_shared_core)
-    ]
+    own: list[Row] = []
+    shared: list[Row] = []
+    for row in rows:
+        is_shared = row.workload.is_canonical and row.measurement.on_shared_core
+        (shared if is_shared else own).append(row)
     enough = sum(row.workload.is_canonical for row in own) >= _ENOUGH_OWN
-    return own if enough else rows
+    return (own, shared) if enough else (rows, [])
