@@ -14,6 +14,8 @@ from kernels.cpu_flags import cpu_flags
 _AMX_CHIP = "sapphirerapids"
 _AMX_FLAGS = {"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512_fp16"}
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+# Of 32 bits its vector instructions have other names, and half as many registers.
+_ARM64 = ("aarch64", "arm64")
 CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 
 
@@ -34,7 +36,7 @@ class KernelTarget:
             into int32 (VNNI, SDOT); 0 without.
         byte_bits: Of those whose bytes are multiplied and added in pairs, and looked up in tables
             of 16, by one instruction or a few (SSSE3, AVX2, AVX-512BW, Neon); 0 without.
-        neon: True for Arm's, of 64 bits.
+        neon: True for those of 64-bit Arm.
         amx: True where tiles of 16 rows are multiplied by one instruction (AMX-INT8, AMX-BF16).
         bf16_dot: True where one instruction sums products of bf16 pairs into fp32 (AVX512-BF16).
         triple: LLVM's name of another machine to compile for; None for this one.
@@ -116,12 +118,14 @@ def cpu_target(chip: str | None = None, triple: str | None = None) -> KernelTarg
         dot, pair = 512 if has("avx512vnni") else 0, 512 if has("avx512bw") else 256
         amx = has("amx-int8", "amx-bf16") and chip == host_chip() and triple is None
         amx = amx and may_use_amx()
-        own = (dot, pair, False, triple, has("avx512bf16"), amx)
-        return KernelTarget("llvm", chip, 32, 512, *own)
+        bf16 = has("avx512bf16")
+        return KernelTarget("llvm", chip, 32, 512, dot, pair, triple=triple, bf16_dot=bf16, amx=amx)
     if has("avx2"):
         dot = 256 if has("avxvnni") else 0
         return KernelTarget("llvm", chip, 16, 256, dot, 256, triple=triple)
     if has("neon"):
+        if (triple or codegen.llvm_get_system_triple()).split("-")[0] not in _ARM64:
+            return KernelTarget("llvm", chip, 16, 128, triple=triple)
         dot = 128 if has("dotprod") else 0
         return KernelTarget("llvm", chip, 32, 128, dot, 128, neon=True, triple=triple)
     return KernelTarget("llvm", chip, 16, 128, byte_bits=128 if has("ssse3") else 0, triple=triple)

@@ -9,7 +9,7 @@ Pure functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from statistics import fmean
@@ -62,18 +62,17 @@ def pool(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
     return found
 
 
-def far_behind(passes: Sequence[Mapping[str, Timing]], rivals: Collection[str]) -> set[str]:
+def far_behind(first: Mapping[str, Timing], rivals: Iterable[str]) -> set[str]:
     """Those of some rivals that another of them is FAR_BEHIND times as fast as.
 
     A further pass would say nothing new of them, and take the longest: PyTorch's bf16 takes seconds
     a launch on a CPU that has no instruction for it.
 
     Args:
-        passes: Timings by name of the passes so far; may be none.
+        first: Timings by name of the first pass.
         rivals: Names.
     """
-    found = pool(passes) if passes else {}
-    known = {name: found[name].latency_ms for name in rivals if name in found}
+    known = {name: first[name].latency_ms for name in rivals if name in first}
     latencies = {name: latency_ms for name, latency_ms in known.items() if latency_ms}
     least_ms = min(latencies.values(), default=0.0)
     return {name for name, latency_ms in latencies.items() if latency_ms > FAR_BEHIND * least_ms}

@@ -15,13 +15,13 @@ from profiler.roofline import roofline_share
 from profiler.samples import Timing
 from profiler.settings import Setting
 
-# Each shift is set against our own mult with the same schedule: what the shift itself brings.
-_MULT_OF = {
-    "shift_int8": "int8",
-    "shift_int8_wide": "int8",
-    "shift_int4": "int8",
-    "shift_bf16": "bf16",
-    "shift_fp32": "fp32",
+# Each shift is set against our own mults with the same schedule: what the shift itself brings.
+_MULTS_OF = {
+    "shift_int8": ("int8", "int7"),
+    "shift_int8_wide": ("int8", "int7"),
+    "shift_int4": ("int8", "int7"),
+    "shift_bf16": ("bf16",),
+    "shift_fp32": ("fp32",),
 }
 
 
@@ -55,7 +55,8 @@ def measure(product: Product, setting: Setting) -> Iterator[list[Measurement]]:
     settings = of_a_pass(setting.timing, setting.config.passes)
     for cache in setting.config.cache:
         passes = product.passes.setdefault(cache, [])
-        left_out = far_behind(passes, [c.name for c in launches if c.is_baseline])
+        rivals = [candidate.name for candidate in launches if candidate.is_baseline]
+        left_out = far_behind(passes[0], rivals) if passes else set()
         named = {c.name: launch for c, launch in launches.items() if c.name not in left_out}
         with setting.accounting.charge("sampling"):
             passes.append(setting.site.time(named, settings, cache))
@@ -85,10 +86,10 @@ def details_of(
         best = min(rivals, key=lambda rival: timings[rival].latency_ms or 0.0)
         details |= _ratio("speedup", timings[best], timing)
         details["speedup_baseline"] = best.lowering
-    types = _MULT_OF.get(candidate.workload.form)
-    mults = [c for c in timings if c.workload.form == f"mult_{types}" and not c.is_baseline]
-    if mults:
-        details |= _ratio(f"shift_over_{types}_mult", timing, timings[mults[0]])
+    for types in _MULTS_OF.get(candidate.workload.form, ()):
+        mults = [c for c in timings if c.workload.form == f"mult_{types}" and not c.is_baseline]
+        if mults:
+            details |= _ratio(f"shift_over_{types}_mult", timing, timings[mults[0]])
     overhead_ms = setting.launch_overheads.get("torch" if candidate.is_baseline else "ours")
     if overhead_ms is not None:
         details["launch_overhead_ms"] = overhead_ms

@@ -166,24 +166,22 @@ def headlines(rows: Sequence[Measurement]) -> list[str]:
 
 
 def own_mult_lines(rows: Sequence[Measurement]) -> list[str]:
-    """What the shift itself brings: our int8 shift beside our own mults of a byte a weight."""
+    """What the shift itself brings: our int8 shift beside our own mults of a byte a weight.
+
+    Ratios are of interleaved rounds, as the table's.
+    """
     lines, floor = [], noise_floor(rows)
-    for bits in (8, 7):
-        ratios = []
-        for group in by_product(rows).values():
-            shift, mult = (
-                fastest([row for row in group if row.workload and row.workload.form == form], False)
-                for form in ("shift_int8", f"mult_int{bits}")
-            )
-            if shift and mult and shift.latency_ms and mult.latency_ms:
-                ratios.append(mult.latency_ms / shift.latency_ms)
+    shifts = [row for row in rows if row.workload and row.workload.form == "shift_int8"]
+    for types in ("int8", "int7"):
+        found = [row.details.get(f"shift_over_{types}_mult") for row in shifts]
+        ratios = [1 / float(ratio) for ratio in found if ratio]
         if ratios:
             mean, least, most = (
                 in_words(ratio, floor)
                 for ratio in (geometric_mean(ratios), min(ratios), max(ratios))
             )
             lines.append(
-                f"shift, int8: {mean}× our own mult, int{bits} (least {least}, most {most}),"
+                f"shift, int8: {mean}× our own mult, {types} (least {least}, most {most}),"
                 f" {len(ratios)} products"
             )
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -92,9 +91,11 @@ def with_fastest_mult(
             continue
         latencies[form] = sum(own)
     closest, *_ = WHOLE_WEIGHTS
-    fastest = min(latencies, key=lambda form: latencies[form], default=closest)
-    gain = latencies.get(closest, math.inf) / latencies[fastest] if latencies else 1.0
-    form = fastest if gain >= _LEAST_GAIN else closest
+
+    def charged_ms(form: str) -> float:
+        return latencies[form] * (1.0 if form == closest else _LEAST_GAIN)
+
+    form = min(latencies, key=charged_ms, default=closest)
     known = ", ".join(f"{name} {latency_ms:.4g} ms" for name, latency_ms in latencies.items())
     console.print(f"{MULT_FASTEST}: {form} ({known or 'the table knows none'})", markup=False)
     return written_out(recipe, form)

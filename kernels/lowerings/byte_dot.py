@@ -125,7 +125,7 @@ def _by_long_products(sums: Any, x: Any, weights: Any) -> Any:
     fours, bits = [], 128
     codes = _parts(bits, tirx.reinterpret(f"int8x{_CODES}", x), _CODES)
     for part in zip(codes, _parts(bits, weights, _CODES)):
-        halves = zip(*(_parts(256, own, 16) for own in part))
+        halves = [[tirx.Shuffle([own], places(8, first)) for own in part] for first in (0, 8)]
         products = [T.call_llvm_pure_intrin("int16x8", _SMULL, *half) for half in halves]
         pairs = T.call_llvm_pure_intrin("int16x8", _ADDP, *products)
         fours.append(T.call_llvm_pure_intrin("int32x4", _SADDLP, pairs))
@@ -140,7 +140,7 @@ def _fours(bits: int, x: Any, weights: Any) -> Any:
 
 
 def _parts(bits: int, vector: Any, lanes: int) -> list[Any]:
-    """A vector cut into as many parts as 512 bits are registers."""
+    """A vector cut into registers."""
     count = 512 // bits
     if count == 1:
         return [vector]

@@ -1,6 +1,7 @@
 """Runs kernels for 64-bit Arm on any machine: TVM's object code, in an emulator of the CPU.
 
-It shows their arithmetic and what they read and write, not their speed. Only for tests.
+It shows their arithmetic, and stops them where they read or write beyond a tensor's memory; it does
+not show their speed. Only for tests.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from kernels.targets import KernelTarget
 # between. Stubs, addresses at which a function is called that the kernel lacks, a call must reach.
 _CODE, _STUBS, _STACK, _DATA = 0x10000000, 0x15000000, 0x20000000, 0x30000000
 _SIZE, _ALIGN = 1 << 26, 64
+# Tensors lie here, each up to the end of its pages, with a page of nothing behind.
+_TENSORS, _PAGE = 0x50000000, 4096
 # Tasks that a parallel loop is shared out among: more than one, so that each must do its own part.
 _TASKS = 3
 _DONE = "done"
@@ -70,6 +73,7 @@ class EmulatedArm:
         self._machine.reg_write(UC_ARM64_REG_CPACR_EL1, 3 << 20)
         self._stubs: dict[str, int] = {}
         self._loops: list[list[int]] = []
+        self._pages: list[tuple[int, int]] = []
         self._next = _DATA
         self._load()
         self._machine.hook_add(UC_HOOK_CODE, self._called, begin=_STUBS, end=_STUBS + _SIZE)
@@ -78,7 +82,7 @@ class EmulatedArm:
         """Launches the kernel on copies of the tensors' memory, and copies it back."""
         self._next = _DATA
         storages = {own.data_ptr(): own for own in (t.untyped_storage() for t in tensors)}
-        places = {key: self._put(_content(storage)) for key, storage in storages.items()}
+        places = self._placed(storages)
         views = [self._put(_view(t, places, self._put)) for t in tensors]
         values = b"".join(struct.pack("<iiQ", _TENSOR_POINTER, 0, view) for view in views)
         registers = {
@@ -97,6 +101,21 @@ class EmulatedArm:
             if storage.nbytes():
                 held = self._machine.mem_read(places[key], storage.nbytes())
                 storage.copy_(torch.frombuffer(held, dtype=torch.uint8).untyped_storage())
+        while self._pages:
+            self._machine.mem_unmap(*self._pages.pop())
+
+    def _placed(self, storages: Mapping[int, torch.UntypedStorage]) -> dict[int, int]:
+        """Where each one's content lies now."""
+        places, first = {}, _TENSORS
+        for key, storage in storages.items():
+            size = storage.nbytes()
+            room = -(-max(size, 1) // _PAGE) * _PAGE
+            self._machine.mem_map(first, room)
+            self._pages.append((first, room))
+            places[key] = place = first + room - size
+            self._machine.mem_write(place, _content(storage))
+            first += room + _PAGE
+        return places
 
     def _put(self, content: bytes) -> int:
         place = self._next

@@ -18,29 +18,34 @@ from kernels.workload import linear
 CHIPS = (None, "haswell", "nehalem", "generic")
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(
-    ("form", "lowering", "largest"),
-    [
-        ("mult_int8", "mult.dot", 127),
-        ("mult_int7", "mult.small_dot", 63),
-        ("shift_int8", "shift.dot", 64),
-        ("shift_int8_wide", "shift.planes", 1 << 13),
-        ("shift_int4", "shift.nibbles", 64),
-    ],
-)
-def test_the_largest_products_do_not_saturate(form, lowering, largest, chip):
+# Form, lowering, and the largest weight as a whole number.
+EXTREMES = [
+    ("mult_int8", "mult.dot", 127),
+    ("mult_int7", "mult.small_dot", 63),
+    ("shift_int8", "shift.dot", 64),
+    ("shift_int8_wide", "shift.planes", 1 << 13),
+    ("shift_int4", "shift.nibbles", 64),
+]
+
+
+def extreme(form, largest):
+    """A linear whose inputs are the largest codes of their rows, and weights its form's largest."""
     workload = linear(form, 3, 64, 33)
     unit = 1.0 if form.startswith("mult") else 1.0 / largest
-    operands = random_operands(workload)
-    # Each input is the largest code of its row, each weight the largest of its form.
     signs = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]]).repeat(1, 32)
     weight = torch.full((33, 64), largest * unit)
     weight[1::2] *= -1
     given = LinearParameters(form, weight, torch.ones(33), torch.zeros(33))
-    extreme = replace(operands, x=signs * 5, parameters=given)
-    out = build(workload, lowering, cpu_target(chip))(extreme)
-    torch.testing.assert_close(out, signs * 5 @ weight.T, rtol=1e-6, atol=1e-4)
+    operands = replace(random_operands(workload), x=signs * 5, parameters=given)
+    return workload, operands, signs * 5 @ weight.T
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("form", "lowering", "largest"), EXTREMES)
+def test_the_largest_products_do_not_saturate(form, lowering, largest, chip):
+    workload, operands, expected = extreme(form, largest)
+    out = build(workload, lowering, cpu_target(chip))(operands)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-4)
 
 
 def test_a_weight_beyond_its_form_is_refused():

@@ -1,14 +1,17 @@
 """Every kernel of the CPU against the float64 oracle on 64-bit Arm: see ``emulated_arm``."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 
 import pytest
 import test_layer_kernels as layers
 import torch
+import tvm.script.ir_builder.tirx as T
 from emulated_arm import EmulatedArm, emulation
+from test_byte_dot import EXTREMES, extreme
+from unicorn import UcError
 
-from kernels.build import arguments, compiled, lowerings
-from kernels.packing import LinearParameters
+from kernels.build import arguments, compile_program, compiled, lowerings
+from kernels.lowerings.emit import argument, program
 from kernels.reference import max_abs_error, random_operands
 from kernels.targets import cpu_target
 from kernels.workload import attention, linear
@@ -69,17 +72,33 @@ def test_attention_matches_the_oracle(alphabet):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(("form", "largest"), [("mult_int8", 127), ("shift_int8", 64)])
-def test_the_largest_products_do_not_saturate(form, largest, chip):
-    workload = linear(form, 3, 64, 33)
-    unit = 1.0 if form.startswith("mult") else 1.0 / largest
-    signs = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]]).repeat(1, 32)
-    weight = torch.full((33, 64), largest * unit)
-    weight[1::2] *= -1
-    given = LinearParameters(form, weight, torch.ones(33), torch.zeros(33))
-    extreme = replace(random_operands(workload), x=signs * 5, parameters=given)
-    out = _run(_kernel(workload, chip), workload, extreme)
-    torch.testing.assert_close(out, signs * 5 @ weight.T, rtol=1e-6, atol=1e-4)
+@pytest.mark.parametrize(("form", "lowering", "largest"), EXTREMES)
+def test_the_largest_products_do_not_saturate(form, lowering, largest, chip):
+    workload, operands, expected = extreme(form, largest)
+    out = _run(_kernel(workload, chip, lowering), workload, operands)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_reads_beyond_a_tensor_is_stopped(step):
+    def shifted():
+        x, out = argument("x", (8,), "float32"), argument("out", (8,), "float32")
+        with T.serial(0, 8) as i:
+            T.buffer_store(out, x[i + step], [i])
+
+    kernel = EmulatedArm(compile_program(program(shifted), _target(CHIPS[0])))
+    x, out = torch.arange(8.0), torch.zeros(8)
+    with pytest.raises(UcError) if step else nullcontext():
+        kernel(x, out)
+        assert out.equal(x)
+
+
+def test_arm_of_32_bits_gets_no_instruction_of_64():
+    target = cpu_target("cortex-a15", "armv7l-linux-gnueabihf")
+    for form in ("mult_int8", "shift_int4"):
+        workload = linear(form, 4, 64, 64)
+        built = compiled(lowerings(workload, target)[0], workload.family, target)
+        assert "vmul" in built.mod.inspect_source("asm")
 
 
 def test_what_surrounds_a_linear_is_fused():
@@ -109,5 +128,5 @@ def test_bytes_are_multiplied_and_looked_up_by_the_chips_own_instructions():
         ("cortex-a72", "shift_int4", "tbl"),
     ):
         workload, target = linear(form, 4, 64, 64), _target(chip)
-        program = compiled(lowerings(workload, target)[0], workload.family, target)
-        assert f"\t{found}\t" in program.mod.inspect_source("asm"), (chip, form)
+        built = compiled(lowerings(workload, target)[0], workload.family, target)
+        assert f"\t{found}\t" in built.mod.inspect_source("asm"), (chip, form)

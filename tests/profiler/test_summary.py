@@ -65,16 +65,20 @@ def test_headlines_are_ratios_to_fp32_and_to_the_fastest():
 
 
 def test_the_shift_is_set_against_our_own_mult_of_each_width():
-    wide = [
-        _row(linear(form, 8, 16, 64), lowering, latency_ms)
-        for form, lowering, latency_ms in (
-            ("shift_int8", "shift.dot", 2.0),
-            ("mult_int8", "mult.dot", 8.0),
-            ("mult_int7", "mult.small_dot", 1.0),
+    """By ratios of the same rounds: those of two medians would say 1."""
+    ratios = ({"int8": 0.5, "int7": 2.0}, {"int8": 0.125})
+    rows = [
+        _row(
+            linear("shift_int8", 8, 16, 64 * (i + 1)),
+            "shift.dot",
+            1.0,
+            **{f"shift_over_{types}_mult": ratio for types, ratio in found.items()},
         )
+        for i, found in enumerate(ratios)
     ]
-    eight, seven = own_mult_lines([*_rows(), *wide])
-    assert eight == "shift, int8: 2.00× our own mult, int8 (least 1.00, most 4.00), 2 products"
+    rows += [_row(linear("mult_int8", 8, 16, 64), "mult.dot", 1.0)]
+    eight, seven = own_mult_lines([*_rows(), *rows])
+    assert eight == "shift, int8: 4.00× our own mult, int8 (least 2.00, most 8.00), 2 products"
     assert seven == "shift, int8: 0.50× our own mult, int7 (least 0.50, most 0.50), 1 products"
     assert own_mult_lines([]) == []
 

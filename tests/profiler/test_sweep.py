@@ -112,6 +112,22 @@ def test_each_row_has_its_figures_its_samples_and_the_sweeps_noise_floor(command
     assert f"{len(rows)} rows measured" in out and "harness" in out
 
 
+def test_a_shift_is_set_against_our_own_mults_of_its_width(command, tmp_path):
+    forms = 'forms = ["mult_fp32", "mult_int8", "mult_int7", "shift_int8", "shift_fp32"]'
+    own = TOML.replace('forms = ["mult_fp32", "mult_int8", "shift_int8"]', forms)
+    (tmp_path / "own.toml").write_text(own)
+    _, out, _ = command("--config", "own.toml", "--store", "a.sqlite")
+    against = {"shift_int8": {"int8", "int7"}, "shift_fp32": {"fp32"}}
+    for row in rows_of(tmp_path / "a.sqlite"):
+        labels = [name for name in row.details if name.endswith("_mult")]
+        expected = set() if row.is_baseline else against.get(row.workload.form, set())
+        assert {label.split("_")[2] for label in labels} == expected
+        for label in labels:
+            low, ratio, high = (row.details[label + end] for end in ("_low", "", "_high"))
+            assert 0 < low <= ratio <= high
+    assert "our own mult, int8" in out and "our own mult, int7" in out
+
+
 def test_a_second_sweep_measures_only_what_is_missing(command, tmp_path):
     command("--config", "tiny.toml", "--store", "a.sqlite")
     first = rows_of(tmp_path / "a.sqlite")
