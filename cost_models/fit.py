@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ from cost_models.latency_table import (
 from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
+from cost_models.own_speeds import OwnSpeed
 from cost_models.training_rows import (
     Row,
     choose_device,
@@ -34,6 +36,7 @@ from cost_models.training_rows import (
     store_name,
 )
 from profiler.command_line import BadInput, output_folder, run
+from profiler.interleaved import speeds_over_int8
 from profiler.store import Measurement
 
 app = typer.Typer(add_completion=False)
@@ -89,6 +92,7 @@ def fit(
         entries=tuple(to_entry(row) for rows in groups.values() for row in rows),
         models=tuple(models),
         energy_models=tuple(energy_models),
+        own_speeds=own_speeds(row for row in hot if row.device.fingerprint == info.fingerprint),
     )
     predicted, without = predict_left_out(every, table)
     table = table.model_copy(update={"overheads": fit_overheads(predicted) or None})
@@ -120,6 +124,19 @@ def energy_model(latency: LearnedLatency, rows: Sequence[Row]) -> list[FittedMod
         return []
     model = clone(latency).fit([w for w, _ in known], [energy_mj for _, energy_mj in known])
     return [model.fitted_]
+
+
+def own_speeds(rows: Iterable[Measurement]) -> dict[str, OwnSpeed]:
+    """By form, from the hot rows of one device."""
+    return {
+        form: OwnSpeed(
+            mean=geometric_mean(speeds),
+            least=min(speeds),
+            most=max(speeds),
+            products=len(speeds),
+        )
+        for form, speeds in sorted(speeds_over_int8(rows).items())
+    }
 
 
 def to_entry(row: Row) -> Entry:

@@ -36,6 +36,7 @@ from pydantic import (
 from cost_models.fitted_model import STRICT, FittedModel, Positive
 from cost_models.operation_energy import operation_energy
 from cost_models.overheads import LayerOverhead
+from cost_models.own_speeds import OwnSpeed
 from cost_models.shipped_tables import shipped_path, shipped_tables
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
@@ -160,6 +161,7 @@ class LatencyTable(BaseModel):
         models: One for each form and lowering that had enough rows.
         energy_models: Likewise, of energy in mJ, where enough rows have a measured one.
         overheads: What measured layers and models take beside their kernels; None without such.
+        own_speeds: By form, how many times as fast as our int8 mult, in interleaved rounds.
     """
 
     model_config = STRICT
@@ -173,6 +175,7 @@ class LatencyTable(BaseModel):
     models: tuple[FittedModel, ...]
     energy_models: tuple[FittedModel, ...] = ()
     overheads: tuple[LayerOverhead, ...] | None = None
+    own_speeds: dict[str, OwnSpeed] = {}
 
     @model_validator(mode="after")
     def _each_once(self) -> LatencyTable:
@@ -243,7 +246,9 @@ class LatencyTable(BaseModel):
     @cached_property
     def sha256(self) -> str:
         """Hash of the content, equal for equal tables however their JSON is laid out."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        # Tables without speeds keep the hash that runs of before have noted.
+        known = self.model_dump(mode="json", exclude=None if self.own_speeds else {"own_speeds"})
+        content = json.dumps(known, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def lookup(

@@ -117,6 +117,11 @@ def show(
         f"fitted {found.created_at} on {found.store}, SHA-256 {found.sha256}",
         f"{len(found.entries)} measured rows, {len(found.models)} models",
         *(f"{form}: {', '.join(found.lowerings(form))}" for form in found.forms),
+        *(
+            f"{form}: {own.mean:.2f}× as fast as our int8 mult in common rounds"
+            f" ({own.least:.2f} to {own.most:.2f}, {own.products} products)"
+            for form, own in found.own_speeds.items()
+        ),
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

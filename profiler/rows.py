@@ -8,6 +8,7 @@ from typing import Any
 
 from profiler.candidates import Candidate, bind_all
 from profiler.energy import EnergyReading
+from profiler.interleaved import detail_name, schedule_of
 from profiler.measurement import Measurement
 from profiler.passes import far_behind, of_a_pass, pool
 from profiler.ratios import paired_ratio
@@ -15,7 +16,7 @@ from profiler.roofline import roofline_share
 from profiler.samples import Timing
 from profiler.settings import Setting
 
-# Each shift is set against our own mults with the same schedule: what the shift itself brings.
+# Types of the mults that each shift is set against: what the shift itself brings.
 _MULTS_OF = {
     "shift_int8": ("int8", "int7"),
     "shift_int8_wide": ("int8", "int7"),
@@ -86,10 +87,8 @@ def details_of(
         best = min(rivals, key=lambda rival: timings[rival].latency_ms or 0.0)
         details |= _ratio("speedup", timings[best], timing)
         details["speedup_baseline"] = best.lowering
-    for types in _MULTS_OF.get(candidate.workload.form, ()):
-        mults = [c for c in timings if c.workload.form == f"mult_{types}" and not c.is_baseline]
-        if mults:
-            details |= _ratio(f"shift_over_{types}_mult", timing, timings[mults[0]])
+    for types, mult in _own_mults(candidate, tuple(timings)).items():
+        details |= _ratio(detail_name(types), timing, timings[mult])
     overhead_ms = setting.launch_overheads.get("torch" if candidate.is_baseline else "ours")
     if overhead_ms is not None:
         details["launch_overhead_ms"] = overhead_ms
@@ -97,6 +96,22 @@ def details_of(
     if share is not None:
         details["roofline_share"] = share
     return details
+
+
+def _own_mults(shift: Candidate, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+    """Our mult of each types that a shift is set against: of its schedule if there is one.
+
+    Args:
+        shift: Any candidate; only a shift has such mults.
+        candidates: Of the same product.
+    """
+    found = {}
+    for types in _MULTS_OF.get(shift.workload.form, ()):
+        mults = [c for c in candidates if c.workload.form == f"mult_{types}" and not c.is_baseline]
+        mults.sort(key=lambda c: schedule_of(c.lowering) != schedule_of(shift.lowering))
+        if mults:
+            found[types] = mults[0]
+    return found
 
 
 def _ratio(label: str, above: Timing, below: Timing) -> dict[str, Any]:

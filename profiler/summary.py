@@ -9,6 +9,7 @@ from statistics import geometric_mean, median
 from rich.table import Table
 
 from kernels.forms import FORMS
+from profiler.interleaved import speed_over
 from profiler.measurement import Measurement
 
 
@@ -173,8 +174,7 @@ def own_mult_lines(rows: Sequence[Measurement]) -> list[str]:
     lines, floor = [], noise_floor(rows)
     shifts = [row for row in rows if row.workload and row.workload.form == "shift_int8"]
     for types in ("int8", "int7"):
-        found = [row.details.get(f"shift_over_{types}_mult") for row in shifts]
-        ratios = [1 / float(ratio) for ratio in found if ratio]
+        ratios = [speed.value for row in shifts if (speed := speed_over(row, types))]
         if ratios:
             mean, least, most = (
                 in_words(ratio, floor)

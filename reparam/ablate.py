@@ -78,7 +78,7 @@ def ablate(
     recipe_name, settings = load_recipe(recipe or chosen.recipe)
     table_file = find_table(latency_table, out)
     table = LatencyTable.load(table_file)
-    settings = with_fastest_mult(settings, table.lookup, console)
+    settings = with_fastest_mult(settings, table, console)
     device = cpu_info(settings.threads)
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)

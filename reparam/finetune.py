@@ -70,7 +70,7 @@ def finetune(
     """
     name, settings = load_recipe(recipe)
     table = LatencyTable.load(latency_table)
-    settings = with_fastest_mult(settings, table.lookup, console)
+    settings = with_fastest_mult(settings, table, console)
     if out is None and not latency_table.exists():
         raise BadInput(f"--out: is needed with a table that ships ({latency_table})")
     deploy_device = cpu_info(settings.threads)

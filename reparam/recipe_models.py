@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from rich.console import Console
 from timm.data import resolve_data_config
 from torch import nn
 
-from cost_models.latency_table import TableError
+from cost_models.latency_table import LatencyTable, TableError
 from kernels.packing import WHOLE_WEIGHTS
 from kernels.workload import Workload
 from reparam.convert import reparameterize_
-from reparam.expert_latency import Estimate, layer_workloads, undecided
+from reparam.expert_latency import layer_workloads, undecided
 from reparam.recipe import MULT_FASTEST, ExpertForm, Recipe, create_model
 
 # Times as fast as the closer form of weights that the other must be.
@@ -67,35 +68,45 @@ def written_out(recipe: Recipe, form: str) -> Recipe:
     return Recipe.model_validate(given)
 
 
-def with_fastest_mult(
-    recipe: Recipe, lookup: Callable[[Workload], Estimate], console: Console
-) -> Recipe:
+def with_fastest_mult(recipe: Recipe, table: LatencyTable, console: Console) -> Recipe:
     """The recipe with the form for ``mult_fastest`` that a device computes fastest.
 
     Weights of 8 bits are the closest to the original's, and taken unless fewer bits are faster by
-    5 % over all experts' linears of the recipe, each once; those are within 2 % RMS as well.
+    5 %; those are within 2 % RMS as well. Asked is what both were in interleaved rounds; of a table
+    without such, the sum over all experts' linears of the recipe, each once.
 
     Args:
         recipe: As its TOML has it.
-        lookup: ``LatencyTable.lookup``; a form that it knows nothing of is not chosen.
+        table: A form that it knows nothing of is not chosen.
         console: Is told the choice.
     """
     if not recipe.asks_for_fastest:
         return recipe
-    workloads = recipe_workloads(recipe)
-    latencies: dict[str, float] = {}
-    for form in WHOLE_WEIGHTS:
-        try:
-            own = [lookup(w).latency_ms for w in workloads if w.form == form]
-        except TableError:
-            continue
-        latencies[form] = sum(own)
     closest, *_ = WHOLE_WEIGHTS
+    latencies = _paired_latencies(table) or _summed_latencies(recipe, table)
 
-    def charged_ms(form: str) -> float:
+    def charged(form: str) -> float:
         return latencies[form] * (1.0 if form == closest else _LEAST_GAIN)
 
-    form = min(latencies, key=charged_ms, default=closest)
-    known = ", ".join(f"{name} {latency_ms:.4g} ms" for name, latency_ms in latencies.items())
-    console.print(f"{MULT_FASTEST}: {form} ({known or 'the table knows none'})", markup=False)
+    form = min(latencies, key=charged, default=closest)
+    least = min(latencies.values(), default=1.0)
+    known = ", ".join(f"{name} {own / least:.3g}" for name, own in latencies.items())
+    console.print(
+        f"{MULT_FASTEST}: {form} ({known or 'the table knows none'})", markup=False, soft_wrap=True
+    )
     return written_out(recipe, form)
+
+
+def _paired_latencies(table: LatencyTable) -> dict[str, float]:
+    closest, *others = WHOLE_WEIGHTS
+    known = {form: 1 / table.own_speeds[form].mean for form in others if form in table.own_speeds}
+    return {closest: 1.0} | known if known else {}
+
+
+def _summed_latencies(recipe: Recipe, table: LatencyTable) -> dict[str, float]:
+    workloads = recipe_workloads(recipe)
+    latencies = {}
+    for form in WHOLE_WEIGHTS:
+        with suppress(TableError):
+            latencies[form] = sum(table.lookup(w).latency_ms for w in workloads if w.form == form)
+    return latencies

@@ -12,6 +12,7 @@ from typing import Literal
 import pandas as pd
 
 from profiler.device import DeviceInfo
+from profiler.interleaved import schedule_of, speed_over, speed_over_baseline
 from profiler.store import Measurement
 from reports.formats import WithInterval
 
@@ -22,20 +23,33 @@ WHOLE_MULT_FORMS = ("mult_int8", "mult_int7")
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster, with a conservative interval; ends are None where one is unknown."""
+    """How many times faster.
+
+    Attributes:
+        low, high: An interval; None where an end is unknown.
+        floor: Noise floor: a relative difference below it is none.
+    """
 
     value: float
     low: float | None
     high: float | None
+    floor: float = 0.0
 
     @property
     def outcome(self) -> Outcome:
-        """Whether the whole interval lies above or below 1."""
+        """Whether the whole interval lies above or below 1, and the value beyond the noise."""
+        if self.is_noise:
+            return "undecided"
         if self.low is not None and self.low > 1:
             return "pays"
         if self.high is not None and self.high < 1:
             return "does not pay"
         return "undecided"
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether a kernel against itself may look as different."""
+        return max(self.value, 1 / self.value) - 1 < self.floor
 
 
 @dataclass(frozen=True)
@@ -68,13 +82,25 @@ def speed_ratio(baseline: WithInterval, ours: WithInterval) -> Ratio:
     return Ratio(baseline.value / ours.value, low, high)
 
 
+def speed_over_rival(ours: Measurement, rival: Measurement) -> Ratio:
+    """How many times as fast as a rival a row of ours is.
+
+    By rounds that both were in, where the sweep noted those: what slowed both cancels. Else by
+    their latencies, which may be of different minutes.
+    """
+    paired = None
+    if ours.run == rival.run and ours.cache == rival.cache:
+        if rival.is_baseline:
+            paired = speed_over_baseline(ours, rival.lowering)
+        elif schedule_of(ours.lowering) == schedule_of(rival.lowering):
+            paired = speed_over(ours, form_of(rival).removeprefix("mult_"))
+    if paired is None:
+        return speed_ratio(latency(rival), latency(ours))
+    return Ratio(paired.value, paired.low, paired.high, ours.noise_floor or 0.0)
+
+
 def _fastest(rows: Iterable[Measurement]) -> Measurement | None:
     return min(rows, key=lambda row: latency(row).value, default=None)
-
-
-def _schedule(row: Measurement) -> str:
-    # Small weights are multiplied by the schedule of the others.
-    return row.lowering.partition(".")[2].removeprefix("small_")
 
 
 def form_of(row: Measurement) -> str:
@@ -93,7 +119,7 @@ class OwnMult:
     @property
     def same_schedule(self) -> bool:
         """Whether both were built with the same schedule: then only the shift differs."""
-        return _schedule(self.shift) == _schedule(self.mult)
+        return schedule_of(self.shift.lowering) == schedule_of(self.mult.lowering)
 
 
 @dataclass(frozen=True)
@@ -178,29 +204,39 @@ class Comparison:
         rivals = self.baselines + tuple(
             row for row in self.ours if row.workload and row.workload.primitive == "mult"
         )
-        ours, rival = self.replacement, _fastest(rivals)
-        if ours is None or rival is None:
+        ours = self.replacement
+        if ours is None or not rivals:
             return "undecided", None, "no shift or add kernel" if ours is None else "no rival"
-        ratio = speed_ratio(latency(rival), latency(ours))
+        ratios = [(speed_over_rival(ours, rival), rival) for rival in rivals]
+        ratio, rival = min(ratios, key=lambda found: found[0].value)
         if ours.run != rival.run:
             return "undecided", ratio, "from different runs"
         # A loss stays a loss whatever the missing baseline would have done; a win does not.
         if ratio.outcome == "pays" and self.no_fastest:
             return "undecided", ratio, self.no_fastest
-        return ratio.outcome, ratio, "intervals overlap" if ratio.outcome == "undecided" else ""
+        if ratio.outcome == "undecided":
+            return "undecided", ratio, _why_undecided(ratio)
+        return ratio.outcome, ratio, ""
 
     def own_mult(self) -> OwnMult | None:
         """Our fastest int8 shift against our fastest mult of a byte, of one schedule if any."""
         shifts = [row for row in self.ours if form_of(row) == "shift_int8"]
         mults = [row for row in self.ours if form_of(row) in WHOLE_MULT_FORMS]
-        paired = [s for s in shifts if any(_schedule(s) == _schedule(m) for m in mults)]
-        shift = _fastest(paired or shifts)
-        mult = _fastest(
-            m for m in mults if not paired or (shift and _schedule(m) == _schedule(shift))
+        pairs = [(shift, mult) for shift in shifts for mult in mults]
+        found = [OwnMult(shift, mult, speed_over_rival(shift, mult)) for shift, mult in pairs]
+        same = [own for own in found if own.same_schedule]
+        shift = _fastest(own.shift for own in same or found)
+        return min(
+            (own for own in same or found if own.shift is shift),
+            key=lambda own: own.ratio.value,
+            default=None,
         )
-        if shift is None or mult is None:
-            return None
-        return OwnMult(shift, mult, speed_ratio(latency(mult), latency(shift)))
+
+
+def _why_undecided(ratio: Ratio) -> str:
+    if ratio.is_noise:
+        return f"within the noise floor of {ratio.floor:.1%}"
+    return "intervals overlap"
 
 
 def compare(rows: Iterable[Measurement]) -> list[Comparison]:
@@ -268,7 +304,7 @@ def speedups(comparisons: Iterable[Comparison]) -> pd.DataFrame:
         for form in forms if baseline else []:
             ours = comparison.best_of_form(form)
             assert ours is not None and baseline is not None
-            ratio = speed_ratio(latency(baseline), latency(ours))
+            ratio = speed_over_rival(ours, baseline)
             open_win = ratio.outcome == "pays" and comparison.no_fastest
             found.append(
                 {

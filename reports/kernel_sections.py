@@ -16,7 +16,7 @@ from reports.comparisons import (
     latency,
     outcomes_in_words,
     settings,
-    speed_ratio,
+    speed_over_rival,
     speedups,
 )
 from reports.formats import (
@@ -162,7 +162,7 @@ def _product_table(group: Sequence[Comparison], setting: str, is_open: bool) -> 
     for one in group:
         outcome, ratio, why = one.verdict
         ours, baseline = one.replacement, one.fastest_baseline
-        gain = speed_ratio(latency(baseline), latency(ours)) if ours and baseline else None
+        gain = speed_over_rival(ours, baseline) if ours and baseline else None
         no_gain = one.no_fastest or "no shift or add kernel with a figure"
         rows.append(
             (
@@ -190,7 +190,8 @@ def _product_table(group: Sequence[Comparison], setting: str, is_open: bool) -> 
         ),
         tuple(rows),
         is_open,
-        "Square brackets: conservative interval, low end of one latency over high end of the "
+        "Square brackets: the 95 % interval of the ratio where both were in the same rounds (the "
+        "fastest baseline, our own mult); else low end of one latency over high end of the "
         "other. “Does it pay” sets the best shift or add kernel against every multiplication, "
         "the baselines' and our own. Nothing is called fastest where a baseline failed.",
     )
@@ -210,7 +211,7 @@ def _ratio_table(group: Sequence[Comparison], setting: str) -> Table:
                 elif row.status != "ok":
                     cells.append(missing(f"{row.status}: {row.reason}"))
                 else:
-                    ratio = speed_ratio(latency(row), latency(ours))
+                    ratio = speed_over_rival(ours, row)
                     cells.append(times_cell(ratio))
             form = form_of(ours)
             rows.append((one.product, form, ours.lowering, *cells))

@@ -126,6 +126,28 @@ def test_layers_and_models_that_were_measured_give_overheads(measure, sweep):
     assert fit(sweep, "s")[0].overheads is None
 
 
+def test_rounds_in_common_say_how_our_forms_compare(measure, sweep):
+    """Rows of different minutes would say something else, or nothing."""
+    ratios = [(0.8, 1.0), (0.5, 0.9)]
+    rows = []
+    for i, (over_int8, over_int7) in enumerate(ratios):
+        workload = linear("shift_int8", m=8, k=16, n=64 * (i + 1))
+        ends = ("", "_low", "_high")
+        details = {f"shift_over_int8_mult{end}": over_int8 for end in ends}
+        details |= {f"shift_over_int7_mult{end}": over_int7 for end in ends}
+        rows.append(measure(workload, 1.0, "shift.dot", details=details))
+    cold = rows[0].model_copy(update={"cache": "cold", "details": {}})
+    table, _ = fit([*sweep, *rows, cold], "s")
+    shift, mult = table.own_speeds["shift_int8"], table.own_speeds["mult_int7"]
+    assert (shift.least, shift.most, shift.products) == (1.25, 2.0, 2)
+    assert shift.mean == pytest.approx((1.25 * 2) ** 0.5)
+    assert (mult.least, mult.most) == pytest.approx((1.25, 1.8))
+    assert not fit(sweep, "s")[0].own_speeds
+    without = table.model_copy(update={"own_speeds": {}})
+    assert LatencyTable.model_validate(table.model_dump()).sha256 == table.sha256
+    assert without.sha256 != table.sha256
+
+
 def test_cold_rows_layers_and_rows_without_an_interval_are_left_out(measure, sweep):
     workload = linear("shift_int8", 49, 64, 64)
     rows = [

@@ -72,7 +72,11 @@ def test_the_shift_is_set_against_our_own_mult_of_each_width():
             linear("shift_int8", 8, 16, 64 * (i + 1)),
             "shift.dot",
             1.0,
-            **{f"shift_over_{types}_mult": ratio for types, ratio in found.items()},
+            **{
+                f"shift_over_{types}_mult{end}": ratio
+                for types, ratio in found.items()
+                for end in ("", "_low", "_high")
+            },
         )
         for i, found in enumerate(ratios)
     ]

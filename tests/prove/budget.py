@@ -68,7 +68,7 @@ def main(
 ) -> None:
     """Prints a line for each budget."""
     table = LatencyTable.load(latency_table)
-    recipe = with_fastest_mult(load_recipe("digits-quick")[1], table.lookup, Console(stderr=True))
+    recipe = with_fastest_mult(load_recipe("digits-quick")[1], table, Console(stderr=True))
     here = cpu_info(recipe.threads)
     if table.device.fingerprint != here.fingerprint:
         raise BadInput(f"--latency-table: is of {table.device.label}, this is {here.label}")

@@ -102,7 +102,7 @@ def main(
     table_file = find_table(latency_table, out)
     table = LatencyTable.load(table_file)
     console = Console(stderr=True)
-    settings = with_fastest_mult(settings, table.lookup, console)
+    settings = with_fastest_mult(settings, table, console)
     torch.set_num_threads(settings.threads)
     folder = output_folder(out / f"non_inferiority_{name}")
     study = Study(settings, table, None, folder, console)

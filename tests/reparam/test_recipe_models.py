@@ -17,8 +17,8 @@ def recipe():
     return load_recipe("digits-quick")[1]
 
 
-def _table(**slowness):
-    """A lookup: time in proportion to the work, by form; others are unknown."""
+def _table(own_speeds=None, **slowness):
+    """A table: time in proportion to the work, by form; others are unknown."""
 
     def lookup(workload):
         if workload.form not in slowness:
@@ -26,7 +26,8 @@ def _table(**slowness):
         latency_ms = workload.macs * slowness[workload.form]
         return SimpleNamespace(latency_ms=latency_ms, source="measured", lowering="some")
 
-    return lookup
+    speeds = {form: SimpleNamespace(mean=mean) for form, mean in (own_speeds or {}).items()}
+    return SimpleNamespace(lookup=lookup, own_speeds=speeds)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,10 @@ def _table(**slowness):
         ({"mult_int8": 1.0}, "mult_int8"),
         ({"mult_int7": 1.0}, "mult_int7"),
         ({}, "mult_int8"),
+        # Rows of different minutes say the contrary of interleaved rounds.
+        ({"mult_int8": 1.0, "mult_int7": 1.2, "own_speeds": {"mult_int7": 1.3}}, "mult_int7"),
+        ({"mult_int8": 1.0, "mult_int7": 0.8, "own_speeds": {"mult_int7": 1.01}}, "mult_int8"),
+        ({"mult_int8": 1.0, "mult_int7": 0.8, "own_speeds": {"shift_int8": 1.3}}, "mult_int7"),
     ],
 )
 def test_fewer_bits_are_taken_only_where_they_are_faster(recipe, slowness, expected, capsys):

@@ -113,6 +113,62 @@ def test_own_mult_is_the_fastest_of_the_same_schedule(other, paired, ratio):
     assert own.same_schedule and own.mult.lowering == paired and own.ratio.value == ratio
 
 
+def test_own_mult_is_compared_by_rounds_that_both_were_in():
+    """Rows may be of different minutes: here they say 3, the rounds 1.25 and 1."""
+    mults = [
+        primitive_row(linear("mult_int8", *SHAPE), "mult.dot", 3.0),
+        primitive_row(linear("mult_int7", *SHAPE), "mult.small_dot", 3.5),
+    ]
+    rounds = {"int8": (0.8, 0.7, 0.9), "int7": (1.0, 0.9, 1.1)}
+    details = {
+        f"shift_over_{types}_mult{end}": value
+        for types, values in rounds.items()
+        for end, value in zip(("", "_low", "_high"), values)
+    }
+    shift = primitive_row(linear("shift_int8", *SHAPE), "shift.small_dot", 1.0, details=details)
+    own = compare([*mults, shift])[0].own_mult()
+    assert own.mult.lowering == "mult.small_dot" and own.ratio.value == 1.0
+    assert (own.ratio.low, own.ratio.high) == pytest.approx((1 / 1.1, 1 / 0.9))
+    own = compare([mults[0], shift])[0].own_mult()
+    assert own.ratio.value == pytest.approx(1.25) and own.ratio.low == pytest.approx(1 / 0.9)
+
+
+def _shift_row(latency_ms: float, noise_floor: float, speedup: tuple[float, float, float], **more):
+    details = dict(zip(("speedup", "speedup_low", "speedup_high"), speedup))
+    return primitive_row(
+        linear("shift_int8", *SHAPE),
+        "shift.dot",
+        latency_ms,
+        details=details | {"speedup_baseline": "torch.fp32"},
+        noise_floor=noise_floor,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("noise_floor", "speedup", "expected", "why"),
+    [
+        (0.02, (1.1, 1.05, 1.15), "pays", ""),
+        (0.02, (0.9, 0.85, 0.95), "does not pay", ""),
+        (0.15, (1.1, 1.05, 1.15), "undecided", "within the noise floor of 15.0%"),
+        (0.02, (1.1, 0.95, 1.25), "undecided", "intervals overlap"),
+    ],
+)
+def test_rounds_in_common_decide_beyond_the_noise_floor(noise_floor, speedup, expected, why):
+    """The two medians say 0.5, or 3: what the rounds say counts."""
+    for latency_ms in (2.0, 1 / 3):
+        fp32 = primitive_row(linear("mult_fp32", *SHAPE), "torch.fp32", 1.0, True)
+        (one,) = compare([fp32, _shift_row(latency_ms, noise_floor, speedup)])
+        outcome, ratio, reason = one.verdict
+        assert (outcome, ratio.value, reason) == (expected, speedup[0], why)
+
+
+def test_rounds_of_another_run_say_nothing():
+    fp32 = primitive_row(linear("mult_fp32", *SHAPE), "torch.fp32", 1.0, True, run="monday")
+    tuesday = _shift_row(0.5, 0.02, (9.0, 8.0, 10.0), run="tuesday")
+    assert compare([fp32, tuesday])[0].verdict[1].value == 2.0
+
+
 def test_own_mult_of_another_schedule_says_so():
     one = product(("mult.dot", "mult_int8", 3.0, False), ("shift.dot", "shift_int8", 2.0, False))
     other = product(
