@@ -12,7 +12,12 @@ from profiler.whole_file import write_whole
 
 
 class Point(BaseModel):
-    """One row, measured and predicted. ``split`` says whether the model had seen it."""
+    """One row, measured and predicted.
+
+    Attributes:
+        split: Whether the model had seen it.
+        octaves_outside: How far outside the sizes that the model has learned from, 0 inside.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,6 +27,22 @@ class Point(BaseModel):
     predicted_ms: float
     low_ms: float
     high_ms: float
+    octaves_outside: float = 0.0
+
+
+class PartErrors(BaseModel):
+    """Errors on a part of the held-out rows.
+
+    Attributes:
+        rows: Number of them, at least 1.
+        mape, interval_coverage: As in LoweringFit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    mape: float
+    interval_coverage: float
 
 
 class LoweringFit(BaseModel):
@@ -39,6 +60,9 @@ class LoweringFit(BaseModel):
         mape: Mean absolute percentage error on the held-out rows, in percent.
         within_10_percent: Share of held-out rows within ±10 %, in percent.
         interval_coverage: Share of held-out rows inside their 90 % interval, in percent.
+        inside: Errors on the held-out rows inside the sizes that the model has learned from, which
+            the table calls predicted; None where there is none.
+        outside: On the others, which the table calls extrapolated, with a wider interval.
         mape_flops, mape_roofline, mape_nearest: The same error of latency in proportion to the
             work, of a fitted roofline and of the nearest measured neighbour.
         noise_floor: Median noise floor of the rows' sweeps, in percent; None where none was
@@ -60,6 +84,8 @@ class LoweringFit(BaseModel):
     mape_roofline: float | None
     mape_nearest: float | None
     mape_flops: float | None = None
+    inside: PartErrors | None = None
+    outside: PartErrors | None = None
     noise_floor: float | None = None
     points: list[Point]
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cost_models.features import shape_group
-from cost_models.fit_result import LoweringFit, Point
+from cost_models.fit_result import LoweringFit, PartErrors, Point
 from cost_models.fitted_model import Predictions
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.rivals import RIVALS
@@ -143,10 +143,23 @@ def validate(model: LearnedLatency, rows: Sequence[Row], shared: Sequence[Row] =
         mape=mape(main.latency_ms, truth),
         within_10_percent=within_10_percent(main.latency_ms, truth),
         interval_coverage=interval_coverage(main.low_ms, main.high_ms, truth),
+        inside=_part(main, truth, main.octaves_outside == 0),
+        outside=_part(main, truth, main.octaves_outside > 0),
         noise_floor=noise_floor(rows),
         points=_points(rows, flags, model.predict_interval([row.workload for row in rows])),
         **rivals,
     )
+
+
+def _part(
+    predicted: Predictions, measured_ms: Sequence[float], some: NDArray[np.bool_]
+) -> PartErrors | None:
+    measured = np.asarray(measured_ms, dtype=float)[some]
+    error = mape(predicted.latency_ms[some], measured)
+    covered = interval_coverage(predicted.low_ms[some], predicted.high_ms[some], measured)
+    if error is None or covered is None:
+        return None
+    return PartErrors(rows=len(measured), mape=error, interval_coverage=covered)
 
 
 def _points(rows: Sequence[Row], flags: Sequence[bool], predicted: Predictions) -> list[Point]:
@@ -158,9 +171,15 @@ def _points(rows: Sequence[Row], flags: Sequence[bool], predicted: Predictions) 
             predicted_ms=float(latency),
             low_ms=float(low),
             high_ms=float(high),
+            octaves_outside=float(octaves),
         )
-        for row, is_test, latency, low, high in zip(
-            rows, flags, predicted.latency_ms, predicted.low_ms, predicted.high_ms
+        for row, is_test, latency, low, high, octaves in zip(
+            rows,
+            flags,
+            predicted.latency_ms,
+            predicted.low_ms,
+            predicted.high_ms,
+            predicted.octaves_outside,
         )
     ]
 
@@ -169,15 +188,16 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
     """The held-out errors for people, one line a form and lowering."""
     table = Table(
         title=f"Held-out errors of the latency models, {escape(device.label)}",
-        caption="within: ±10 %; covered: inside their 90 % interval; noise: MAPE "
-        "in noise floors of the sweep; then the MAPE of latency in proportion to the work, of a "
-        "fitted roofline and of the nearest measured shape; * baseline" + _shared(fits),
+        caption="inside: MAPE on those inside the sizes that were learned from; within: ±10 %; "
+        "covered: inside their 90 % interval; noise: MAPE in noise floors of the sweep; then the "
+        "MAPE of latency in proportion to the work, of a fitted roofline and of the nearest "
+        "measured shape; * baseline" + _shared(fits),
         box=SIMPLE,
         padding=0,
     )
     # Where a terminal is narrow the name takes two lines; a figure that is cut says nothing.
     table.add_column("form, lowering", overflow="fold")
-    for heading in ("train", "test", "MAPE", "within", "covered", "noise", *RIVALS):
+    for heading in ("train", "test", "MAPE", "inside", "within", "covered", "noise", *RIVALS):
         table.add_column(heading, justify="right", no_wrap=True)
     for fit in fits:
         rivals = (fit.mape_flops, fit.mape_roofline, fit.mape_nearest)
@@ -191,6 +211,7 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
             str(fit.rows_train),
             str(fit.rows_test),
             _percent(fit.mape, 1),
+            _percent(fit.inside.mape if fit.inside else None, 1),
             *map(_percent, (fit.within_10_percent, fit.interval_coverage)),
             of_noise,
             *map(_percent, rivals),

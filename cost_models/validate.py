@@ -213,7 +213,7 @@ def main(
             console.print(transfer_table(errors, known.label, other.label))
         else:
             console.print(f"no transfer to {other.label}: too few rows", markup=False)
-    rows = sum(found.rows_train + found.rows_test for found in result.fits)
+    rows = sum(len(found.points) for found in result.fits)
     for line in speed_lines(table, rows, fit_s) if table.models else ():
         console.print(line, markup=False, highlight=False)
 

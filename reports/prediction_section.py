@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from cost_models.fit_result import Point
 from reports import kernel_plots, model_plots
 from reports.formats import (
     Cell,
@@ -19,7 +20,7 @@ from reports.formats import (
 )
 from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import FINETUNE, FIT, RunFolder
-from reports.verdict import held_out_mape
+from reports.verdict import extrapolated_in_words, held_out_mape
 
 
 def prediction(run: RunFolder) -> Section:
@@ -40,13 +41,15 @@ def prediction(run: RunFolder) -> Section:
         )
     points = pd.DataFrame(
         [point.model_dump() for fit in run.fit.fits for point in fit.points],
-        columns=["label", "split", "measured_ms", "predicted_ms", "low_ms", "high_ms"],
+        columns=list(Point.model_fields),
     )
     error = held_out_mape(run)
+    apart = extrapolated_in_words(run)
     held_out = int((points.split == "test").sum())
     lead: tuple[str, ...] = (
-        f"On {held_out} held-out rows the latency model is off by {percent(error)} (MAPE); within "
-        f"±10 %: {percent(held_out_mape(run, 'within_10_percent'))}; inside their 90 % interval: "
+        f"On {held_out} held-out rows the latency model is off by {percent(error)} (MAPE"
+        f"{': ' if apart else ''}{apart}); within ±10 %: "
+        f"{percent(held_out_mape(run, 'within_10_percent'))}; inside their 90 % interval: "
         f"{percent(held_out_mape(run, 'interval_coverage'))}. A fitted roofline is off by "
         f"{percent(held_out_mape(run, 'mape_roofline'))}, the nearest measured neighbour by "
         f"{percent(held_out_mape(run, 'mape_nearest'))}.",
@@ -106,6 +109,7 @@ def _error_table(run: RunFolder) -> Table:
             "rows train",
             "rows test",
             "MAPE",
+            "MAPE inside",
             "within ±10 %",
             "in 90 % interval",
             "MAPE roofline",
@@ -118,6 +122,7 @@ def _error_table(run: RunFolder) -> Table:
                 count_cell(fit.rows_train),
                 count_cell(fit.rows_test),
                 percent_cell(fit.mape, reason),
+                percent_cell(fit.inside.mape if fit.inside else None, "none inside"),
                 percent_cell(fit.within_10_percent, reason),
                 percent_cell(fit.interval_coverage, reason),
                 percent_cell(fit.mape_roofline, reason),

@@ -277,6 +277,24 @@ def held_out_mape(run: RunFolder, column: str = "mape") -> float | None:
     return sum(getattr(fit, column) * fit.rows_test for fit in fits) / rows if rows else None
 
 
+def extrapolated_in_words(run: RunFolder) -> str:
+    """The error apart for rows beyond the sizes that were learned from; empty without such."""
+    fits = run.fit.fits if run.fit else ()
+    inside = [fit.inside for fit in fits if fit.inside]
+    outside = [fit.outside for fit in fits if fit.outside]
+    if not outside:
+        return ""
+    parts = [
+        f"{formats.percent(sum(one.mape * one.rows for one in part) / rows)} on the {rows} {where}"
+        for part, where in (
+            (inside, "inside the sizes that were learned from"),
+            (outside, "beyond them"),
+        )
+        if (rows := sum(one.rows for one in part))
+    ]
+    return ", ".join(parts)
+
+
 def key_figures(run: RunFolder) -> tuple[Card, ...]:
     """The six figures on top; a dash and its reason where one is missing."""
     return (*_model_cards(run), _own_mult_card(run), _fit_card(run))
@@ -363,4 +381,9 @@ def _fit_card(run: RunFolder) -> Card:
         return Card(label, formats.DASH, reason)
     roofline = formats.percent(held_out_mape(run, "mape_roofline"))
     nearest = formats.percent(held_out_mape(run, "mape_nearest"))
-    return Card(label, formats.percent(error), f"roofline {roofline}, nearest neighbour {nearest}")
+    apart = extrapolated_in_words(run)
+    return Card(
+        label,
+        formats.percent(error),
+        (f"{apart}; " if apart else "") + f"roofline {roofline}, nearest neighbour {nearest}",
+    )

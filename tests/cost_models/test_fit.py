@@ -6,6 +6,7 @@ import pytest
 from cost_models import fit as fit_module
 from cost_models.fit import app, fit
 from cost_models.fit_result import FitResult
+from cost_models.held_out import is_locked
 from cost_models.latency_table import LatencyTable
 from cost_models.work import Work
 from kernels.workload import Workload, linear
@@ -53,6 +54,24 @@ def test_test_rows_are_not_trained_on(sweep, fitted):
     after = of(fit(rows, "s", seed=0)[1], "shift.tiled")
     assert after.mape > before.mape
     assert [p.predicted_ms for p in after.points] == [p.predicted_ms for p in before.points]
+
+
+def test_rows_beyond_what_was_learned_are_told_apart(measure, sweep):
+    """What the table calls extrapolated does not hide how right the predicted rows are."""
+    rows = [row for row in sweep if row.lowering == "shift.tiled"]
+    n = next(n for n in range(1, 16) if is_locked(linear("shift_int8", 1, 64, n)))
+    far = [measure(linear("shift_int8", m, 64, n), 50.0) for m in (49, 196, 784)]
+    before, after = (of(fit(some, "s")[1], "shift.tiled") for some in (rows, [*rows, *far]))
+    assert after.inside == before.inside
+    assert after.outside.rows == (before.outside.rows if before.outside else 0) + len(far)
+    assert after.outside.mape > (before.outside.mape if before.outside else 0)
+    for found, inside in ((after.inside, True), (after.outside, False)):
+        some = [p for p in after.points if p.split == "test" and (p.octaves_outside == 0) == inside]
+        errors = [abs(p.predicted_ms / p.measured_ms - 1) for p in some]
+        if found is None:
+            assert not some
+        else:
+            assert found.mape == pytest.approx(100 * sum(errors) / len(errors))
 
 
 def test_every_row_is_accounted_for(sweep, fitted):

@@ -6,7 +6,7 @@ import math
 import random
 from pathlib import Path
 
-from cost_models.fit_result import FitResult, LoweringFit, Point
+from cost_models.fit_result import FitResult, LoweringFit, PartErrors, Point
 from cost_models.latency_table import Entry, LatencyTable
 from kernels.workload import Workload, attention, linear
 from profiler.device import DeviceInfo
@@ -156,6 +156,8 @@ def fit_result(seed: int = 0) -> FitResult:
                 is_baseline=False,
                 rows_train=30,
                 rows_test=10,
+                inside=PartErrors(rows=7, mape=3.5, interval_coverage=100.0),
+                outside=PartErrors(rows=3, mape=6.0, interval_coverage=50.0),
                 points=points,
                 **errors,
             ),

@@ -193,7 +193,11 @@ def test_fit_figures(page):
     header, *rows = page.table("Held-out errors")
     first = dict(zip(header, rows[0]))
     assert (first["MAPE"], first["MAPE roofline"]) == ("4.2 %", "23.5 %")
+    assert first["MAPE inside"] == "3.5 %"
     assert rows[1][header.index("MAPE")] == "— | no held-out row"
+    assert rows[1][header.index("MAPE inside")] == "— | none inside"
+    assert "3.5 % on the 7 inside" in page.text["prediction"]
+    assert "6.0 % on the 3 beyond them" in page.text["verdict"]
     assert page.table("Not modelled")[1] == ["add_kv_pm1 add.tables", "2 rows, 8 needed"]
 
 
