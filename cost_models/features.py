@@ -152,9 +152,12 @@ def shape_group(workload: Workload) -> str:
     A kernel is compiled for its widths and told the tokens at each launch: a model that has seen
     one token count of some widths has seen the kernel.
     """
-    if workload.kind == "kv":
-        return f"{workload.form} {workload.m}x{workload.n}"
-    return f"{workload.form} {workload.k}x{workload.n}"
+    return group_name(workload.form, workload.kind, workload.m, workload.k, workload.n)
+
+
+def group_name(form: str, kind: str, m: int, k: int, n: int) -> str:
+    """The shape group of a form, of that kind, at some sizes."""
+    return f"{form} {m if kind == 'kv' else k}x{n}"
 
 
 def parallel_units(device: DeviceInfo) -> int:

@@ -27,6 +27,8 @@ from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
 from cost_models.own_speeds import OwnSpeed
+from cost_models.priors import priors_of
+from cost_models.shipped_tables import shipped_tables
 from cost_models.training_rows import (
     Row,
     choose_device,
@@ -39,6 +41,8 @@ from profiler.command_line import BadInput, output_folder, run
 from profiler.interleaved import speeds_over_int8
 from profiler.store import Measurement
 
+NO_PRIOR = "none"
+
 app = typer.Typer(add_completion=False)
 
 
@@ -47,6 +51,7 @@ def fit(
     source: str,
     device: str | None = None,
     seed: int = 0,
+    priors: Sequence[str] = (),
 ) -> tuple[LatencyTable, FitResult]:
     """Measurements -> table and held-out errors.
 
@@ -55,8 +60,11 @@ def fit(
         source: Name of the store; goes into both results.
         device: Fingerprint; needed where the rows are of several devices.
         seed: Of the search for hyper-parameters.
+        priors: Tables of other devices, by name or file, whose models are carried over to answer
+            for what lies outside of the rows.
 
     Raises:
+        TableError: If one of those cannot be read.
         BadInput: If no row can be used, or the rows are of several devices.
     """
     every = list(measurements)
@@ -69,6 +77,7 @@ def fit(
     fits: list[LoweringFit] = []
     models: list[FittedModel] = []
     energy_models: list[FittedModel] = []
+    known = priors_of(priors, info)
     progress = Console(stderr=True)
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=progress, transient=True
@@ -81,7 +90,8 @@ def fit(
             continue
         is_baseline = modelled[0].measurement.is_baseline
         model = LearnedLatency(form, lowering, is_baseline, info, seed)
-        fits.append(validate(model, modelled, found.shared[form, lowering]))
+        shared, others = found.shared[form, lowering], known.get((form, lowering), {})
+        fits.append(validate(model, modelled, shared, others))
         models.append(model.fitted_)
         energy_models += energy_model(model, modelled)
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -183,11 +193,19 @@ def main(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search for hyper-parameters.")
     ] = 0,
+    prior: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Table whose models are carried over to answer for sizes outside of the rows: a"
+            f" file, the name of one that ships, or {NO_PRIOR}. All that ship if not given."
+        ),
+    ] = None,
 ) -> None:
     """Fits latency models and writes latency_table.json and fit.json."""
     if out is None and "://" in store:
         raise BadInput("--out: is needed with a database URL as --store")
-    table, result = fit(read_store(store), store_name(store), device, seed)
+    priors = shipped_tables() if prior is None else [name for name in prior if name != NO_PRIOR]
+    table, result = fit(read_store(store), store_name(store), device, seed, priors)
     folder = output_folder(Path(store).parent if out is None else out)
     table.save(folder / "latency_table.json")
     result.save(folder / "fit.json")

@@ -57,6 +57,8 @@ class LoweringFit(BaseModel):
         rows_shared: Rows left out of both: another guest of the host worked on their core.
         learned_from_shared: Whether the model has learned from those all the same, as from rows of
             another device; none of them is of held-out widths.
+        beyond: Name of the table whose model, carried over to this device, answers for what is
+            outside; it has not seen the held-out widths either. None where it is this one.
         mape: Mean absolute percentage error on the held-out rows, in percent.
         within_10_percent: Share of held-out rows within ±10 %, in percent.
         interval_coverage: Share of held-out rows inside their 90 % interval, in percent.
@@ -78,6 +80,7 @@ class LoweringFit(BaseModel):
     rows_test: int
     rows_shared: int = 0
     learned_from_shared: bool = False
+    beyond: str | None = None
     mape: float | None
     within_10_percent: float | None
     interval_coverage: float | None

@@ -170,6 +170,8 @@ class FittedModel(BaseModel):
         hull: Least and largest training value of each extent, in octaves.
         points: Training shapes ``(rows, features)`` in the order of ``length_scales``.
         residuals: Training targets ``(rows,)``: logarithm of latency over core.
+        beyond: Model of another device, carried over to this one: answers for what lies outside of
+            the hull and inside its own.
     """
 
     model_config = STRICT
@@ -187,6 +189,7 @@ class FittedModel(BaseModel):
     hull: dict[str, tuple[float, float]]
     points: tuple[tuple[float, ...], ...]
     residuals: tuple[float, ...]
+    beyond: FittedModel | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> FittedModel:
@@ -275,6 +278,11 @@ class FittedModel(BaseModel):
         for value, (low, high) in zip(logs, self._limits):
             outside = max(outside, low - value, value - high)
         outside = outside if outside > _HULL_TOLERANCE else 0.0
+        if outside and self.beyond:
+            carried = self.beyond.predict(workload)
+            if not carried.octaves_outside:
+                widen, (latency_ms, low_ms, high_ms, _) = WIDEN_PER_OCTAVE**outside, carried
+                return Prediction(latency_ms, low_ms / widen, high_ms * widen, outside)
         factor = math.exp(self.interval_width * math.sqrt(variance)) * WIDEN_PER_OCTAVE**outside
         return Prediction(latency_ms, latency_ms / factor, latency_ms * factor, outside)
 
@@ -301,6 +309,20 @@ class FittedModel(BaseModel):
     def predict_many(self, workloads: Sequence[Workload] | Sizes) -> Predictions:
         """What ``predict`` says of each, without a loop: a sweep of shapes, or arrays of sizes."""
         sizes = workloads if isinstance(workloads, Sizes) else sizes_of(workloads)
+        found = self._predict_own(sizes)
+        far = np.flatnonzero(found.octaves_outside)
+        if self.beyond and len(far):
+            carried = self.beyond.predict_many(sizes.take(far))
+            inside = carried.octaves_outside == 0
+            there = far[inside]
+            widen = WIDEN_PER_OCTAVE ** found.octaves_outside[there]
+            found.latency_ms[there] = carried.latency_ms[inside]
+            found.low_ms[there] = carried.low_ms[inside] / widen
+            found.high_ms[there] = carried.high_ms[inside] * widen
+            found.deviation[there] = carried.deviation[inside]
+        return found
+
+    def _predict_own(self, sizes: Sizes) -> Predictions:
         rows = len(sizes.m)
         process, facts = self._process, self._facts
         log_factor, variance = np.zeros(rows), np.full(rows, self.noise)

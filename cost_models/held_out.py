@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,8 +14,9 @@ from rich.table import Table
 
 from cost_models.features import shape_group
 from cost_models.fit_result import LoweringFit, PartErrors, Point
-from cost_models.fitted_model import Predictions
+from cost_models.fitted_model import FittedModel, Predictions
 from cost_models.models import MIN_ROWS, LearnedLatency
+from cost_models.priors import extrapolate_by_
 from cost_models.rivals import RIVALS
 from cost_models.shared_cores import learn_from_shared_
 from cost_models.training_rows import Row
@@ -105,7 +107,12 @@ def noise_floor(rows: Sequence[Row]) -> float | None:
     return float(100 * np.median(found)) if found else None
 
 
-def validate(model: LearnedLatency, rows: Sequence[Row], shared: Sequence[Row] = ()) -> LoweringFit:
+def validate(
+    model: LearnedLatency,
+    rows: Sequence[Row],
+    shared: Sequence[Row] = (),
+    priors: Mapping[str, FittedModel] = MappingProxyType({}),
+) -> LoweringFit:
     """Fits on the training part and reports the errors on the held-out part.
 
     Args:
@@ -113,6 +120,7 @@ def validate(model: LearnedLatency, rows: Sequence[Row], shared: Sequence[Row] =
         rows: Of one form and lowering, at least MIN_ROWS.
         shared: Rows of a shared core, which nothing is tested on; the model may learn from those
             that are of no held-out widths.
+        priors: Models of the same kernel on other devices, by name, that may answer outside.
     """
     flags = held_out(split_keys([row.workload for row in rows]))
     train = [row for row, test in zip(rows, flags) if not test]
@@ -127,6 +135,7 @@ def validate(model: LearnedLatency, rows: Sequence[Row], shared: Sequence[Row] =
         if shape_group(row.workload) not in locked and not is_locked(row.workload)
     ]
     learned = learn_from_shared_(model, known, seen, hints)
+    beyond = extrapolate_by_(model, known, seen, priors)
     main = model.predict_interval(unseen)
     rivals = {
         f"mape_{name}": mape(rival().fit(known, seen).predict(unseen), truth) if test else None
@@ -140,6 +149,7 @@ def validate(model: LearnedLatency, rows: Sequence[Row], shared: Sequence[Row] =
         rows_test=len(test),
         rows_shared=len(shared),
         learned_from_shared=learned,
+        beyond=beyond,
         mape=mape(main.latency_ms, truth),
         within_10_percent=within_10_percent(main.latency_ms, truth),
         interval_coverage=interval_coverage(main.low_ms, main.high_ms, truth),
@@ -191,7 +201,7 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
         caption="inside: MAPE on those inside the sizes that were learned from; within: ±10 %; "
         "covered: inside their 90 % interval; noise: MAPE in noise floors of the sweep; then the "
         "MAPE of latency in proportion to the work, of a fitted roofline and of the nearest "
-        "measured shape; * baseline" + _shared(fits),
+        "measured shape; * baseline" + _shared(fits) + _carried(fits),
         box=SIMPLE,
         padding=0,
     )
@@ -207,7 +217,8 @@ def error_table(fits: Sequence[LoweringFit], device: DeviceInfo) -> Table:
         table.add_row(
             escape(f"{fit.form} {fit.lowering}")
             + "*" * fit.is_baseline
-            + "†" * fit.learned_from_shared,
+            + "†" * fit.learned_from_shared
+            + "‡" * (fit.beyond is not None),
             str(fit.rows_train),
             str(fit.rows_test),
             _percent(fit.mape, 1),
@@ -226,6 +237,11 @@ def _shared(fits: Sequence[LoweringFit]) -> str:
     some = "; models with † learn from them as of another device"
     carried = some * any(fit.learned_from_shared for fit in fits)
     return f"; {number} rows of a core shared with another guest are left out{carried}"
+
+
+def _carried(fits: Sequence[LoweringFit]) -> str:
+    names = dict.fromkeys(fit.beyond for fit in fits if fit.beyond)
+    return f"; ‡ outside by that of {' or '.join(names)}, carried over" if names else ""
 
 
 def _percent(figure: float | None, decimals: int = 0) -> str:

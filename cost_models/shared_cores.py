@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from cost_models.features import hull_around, hull_of, shape_group, sizes_of
-from cost_models.fitted_model import changed
-from cost_models.models import LearnedLatency, folds_of, interval_width, refitted
+from cost_models.features import shape_group, sizes_of
+from cost_models.fitted_model import FittedModel
+from cost_models.models import LearnedLatency, refitted
 from cost_models.training_rows import Row
-from cost_models.transfer import carried_over
+from cost_models.transfer import carried_model, left_out_errors
 from kernels.workload import Workload
 
 # With fewer, or fewer than of the whole core, they say little that those do not.
@@ -46,27 +46,25 @@ def learn_from_shared_(
     if len(shared) < max(_LEAST_SHARED, len(workloads)):
         return False
     shared_workloads, shared_ms = [r.workload for r in shared], [r.latency_ms for r in shared]
-    sizes, measured = sizes_of(workloads), np.asarray(latency_ms, dtype=float)
-    groups = np.array([shape_group(workload) for workload in workloads])
+    measured, groups = np.asarray(latency_ms, dtype=float), _groups(workloads)
     there, theirs = sizes_of(shared_workloads), np.asarray(shared_ms, dtype=float)
-    their_groups = np.array([shape_group(workload) for workload in shared_workloads])
+    their_groups = _groups(shared_workloads)
     source = clone(model).fit(shared_workloads, shared_ms).fitted_
-    errors, deviations = np.zeros(len(measured)), np.zeros(len(measured))
-    for train, left in folds_of(groups):
-        kept = np.flatnonzero(~np.isin(their_groups, groups[left]))
-        known = refitted(source, there.take(kept), theirs[kept])
-        fold, _ = carried_over(known, model.device, sizes.take(train), measured[train])
-        predicted = fold.predict_many(sizes.take(left))
-        errors[left] = np.log(measured[left] / predicted.latency_ms)
-        deviations[left] = predicted.deviation
-    if _clearly_worse(np.abs(errors) - np.abs(model.errors_), groups):
+
+    def source_without(left: NDArray[np.str_]) -> FittedModel:
+        kept = np.flatnonzero(~np.isin(their_groups, left))
+        return refitted(source, there.take(kept), theirs[kept])
+
+    left_out = left_out_errors(source_without, model.device, workloads, measured)
+    if _clearly_worse(np.abs(left_out[0]) - np.abs(model.errors_), groups):
         return False
-    carried, _ = carried_over(source, model.device, sizes, measured)
-    width = interval_width(errors / deviations)
-    hull = hull_around(source.hull, hull_of(workloads))
-    model.fitted_ = changed(carried, interval_width=width, hull=hull)
-    model.errors_ = errors
+    model.fitted_ = carried_model(source, model.device, workloads, measured, left_out)
+    model.errors_ = left_out[0]
     return True
+
+
+def _groups(workloads: Sequence[Workload]) -> NDArray[np.str_]:
+    return np.array([shape_group(workload) for workload in workloads])
 
 
 def _clearly_worse(excess: NDArray[np.float64], groups: NDArray[np.str_]) -> bool:

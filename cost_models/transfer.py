@@ -7,7 +7,7 @@ learned beside the core is kept as a guess that new rows outweigh.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -24,9 +24,11 @@ from cost_models.features import (
     hull_of,
     parallel_units,
     points_of,
+    shape_group,
     sizes_of,
 )
 from cost_models.fitted_model import FittedModel, PhysicalCore, Predictions, changed
+from cost_models.models import folds_of, interval_width
 from cost_models.physical_core import CORES, Machine, panel_rows
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
@@ -119,6 +121,50 @@ class TransferredLatency(BaseEstimator):
         return self.fitted_.predict_many(workloads)
 
 
+def left_out_errors(
+    source_without: Callable[[NDArray[np.str_]], FittedModel],
+    device: DeviceInfo,
+    workloads: Sequence[Workload],
+    latency_ms: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log errors and predictive deviations of each row, its widths left out, ``(rows,)`` each.
+
+    Args:
+        source_without: What is known beside the rows, without some shape groups.
+        device: That the rows are of.
+        workloads, latency_ms: The rows.
+    """
+    sizes, groups = sizes_of(workloads), np.array([shape_group(w) for w in workloads])
+    errors, deviations = np.zeros(len(groups)), np.zeros(len(groups))
+    for train, left in folds_of(groups):
+        source = source_without(groups[left])
+        fold, _ = carried_over(source, device, sizes.take(train), latency_ms[train])
+        predicted = fold.predict_many(sizes.take(left))
+        errors[left] = np.log(latency_ms[left] / predicted.latency_ms)
+        deviations[left] = predicted.deviation
+    return errors, deviations
+
+
+def carried_model(
+    source: FittedModel,
+    device: DeviceInfo,
+    workloads: Sequence[Workload],
+    latency_ms: NDArray[np.float64],
+    left_out: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> FittedModel:
+    """As ``carried_over``, with the hull of both and intervals as wide as left-out errors ask.
+
+    Args:
+        source, device: As there.
+        workloads, latency_ms: What was measured on it.
+        left_out: As of ``left_out_errors``.
+    """
+    carried, _ = carried_over(source, device, sizes_of(workloads), latency_ms)
+    errors, deviations = left_out
+    hull = hull_around(source.hull, hull_of(workloads))
+    return changed(carried, interval_width=interval_width(errors / deviations), hull=hull)
+
+
 def carried_over(
     source: FittedModel, device: DeviceInfo, sizes: Sizes, latency_ms: NDArray[np.float64]
 ) -> tuple[FittedModel, dict[str, float]]:
@@ -140,6 +186,7 @@ def carried_over(
     points = points_of(sizes)[:, source.columns]
     model = changed(
         source,
+        beyond=None,
         core=core,
         variance=max(source.variance, float(np.mean(residuals**2))),
         foreign_rows=len(source.points),

@@ -61,6 +61,12 @@ def prediction(run: RunFolder) -> Section:
                 f"; {carried} of {len(run.fit.fits)} models learn from them, as of another device"
             )
         lead = (*lead, text + ".")
+    if names := sorted({fit.beyond for fit in run.fit.fits if fit.beyond}):
+        carried = sum(fit.beyond is not None for fit in run.fit.fits)
+        text = (
+            f"Beyond those sizes {carried} of {len(run.fit.fits)} models answer by that of another"
+        )
+        lead = (*lead, f"{text} device, carried over by the rows of this one: {', '.join(names)}.")
     drawn = _drawn(points)
     if not points.empty:
         pictures.insert(

@@ -1,0 +1,144 @@
+"""Models of other devices answer where a device was not measured, and nowhere else."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cost_models.features import Sizes, form_facts
+from cost_models.fit import app, fit
+from cost_models.fitted_model import changed
+from cost_models.latency_table import LatencyTable, TableError
+from cost_models.priors import priors_of, without
+from kernels.workload import linear
+from profiler.command_line import run
+from profiler.store import create_store
+
+WIDE = [(k, n) for k in (32, 128, 512, 2048) for n in (32, 128, 512, 2048)]
+NARROW = [(64, 64), (64, 96), (96, 64), (128, 128), (128, 64)]
+FAR = [linear("shift_int8", m, k, n) for m in (49, 196) for k, n in ((1024, 1024), (1920, 512))]
+NEAR = [linear("shift_int8", 120, 80, 80), linear("shift_int8", 150, 100, 70)]
+
+
+def _truth(law, workload, rate=1.0):
+    """What does not fit a cache costs more: on few small widths nobody can know."""
+    missed = min(max(workload.traffic_bytes / 2**20 - 0.5, 0) / 1.5, 1)
+    return law(workload, rate) + 5e-6 / rate * workload.traffic_bytes * missed
+
+
+def _rows(measure, law, widths, rate, bend=lambda workload: 1.0):
+    workloads = [linear("shift_int8", m, k, n) for m in (49, 100, 196) for k, n in widths]
+    return [
+        measure(w, _truth(law, w, rate) * bend(w) * (1 + 0.01 * ((w.k + w.n + w.m) % 3 - 1)))
+        for w in workloads
+    ]
+
+
+@pytest.fixture(scope="module")
+def prior(measure, law, tmp_path_factory):
+    """Table of a device that is 3 times as fast."""
+    path = tmp_path_factory.mktemp("prior") / "fast.json"
+    fit(_rows(measure, law, WIDE, 3.0), "fast")[0].save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def both(measure, law, prior):
+    """Fits of few rows, without and with that prior."""
+    rows = _rows(measure, law, NARROW, 1.0)
+    return fit(rows, "slow"), fit(rows, "slow", priors=[prior])
+
+
+def _error(table, law, workloads):
+    found = [table.lookup(w).latency_ms / _truth(law, w) - 1 for w in workloads]
+    return float(np.abs(found).mean())
+
+
+def test_what_lies_beyond_is_answered_by_the_other_device(both, prior, law):
+    (alone, _), (table, result) = both
+    assert [one.beyond for one in result.fits] == [prior]
+    assert _error(table, law, FAR) < 0.25 < 0.4 < _error(alone, law, FAR)
+    for workload in FAR:
+        found = table.lookup(workload)
+        assert found.source == "extrapolated"
+        assert found.low_ms < _truth(law, workload) < found.high_ms
+        with pytest.raises(TableError, match="outside the measured shapes"):
+            table.lookup(workload, strict=True)
+
+
+def test_what_lies_inside_is_answered_by_the_devices_own_rows(both):
+    (alone, _), (table, _) = both
+    for workload in NEAR:
+        assert table.lookup(workload) == alone.lookup(workload)
+        assert table.lookup(workload).source == "predicted"
+
+
+def test_many_are_answered_as_one(both):
+    model = both[1][0].models[0]
+    many = model.predict_many([*FAR, *NEAR])
+    for i, workload in enumerate([*FAR, *NEAR]):
+        one = model.predict(workload)
+        assert many.latency_ms[i] == pytest.approx(one.latency_ms)
+        assert (many.low_ms[i], many.high_ms[i]) == pytest.approx((one.low_ms, one.high_ms))
+        assert many.octaves_outside[i] == pytest.approx(one.octaves_outside)
+
+
+def test_a_table_with_such_models_is_read_back(both, tmp_path):
+    table = both[1][0]
+    table.save(tmp_path / "table.json")
+    again = LatencyTable.load(tmp_path / "table.json")
+    assert again == table and again.lookup(FAR[0]) == table.lookup(FAR[0])
+
+
+def test_a_model_that_is_wrong_here_is_not_trusted(measure, law, prior):
+    """On this device everything beyond 64 inputs takes ten times as long."""
+    rows = _rows(measure, law, NARROW, 1.0, bend=lambda w: 10.0 if w.k > 64 else 1.0)
+    assert [one.beyond for one in fit(rows, "odd", priors=[prior])[1].fits] == [None]
+
+
+def test_only_devices_of_the_same_kind_are_asked(both, prior):
+    device = both[0][0].device
+    key = ("shift_int8", "shift.tiled")
+    assert list(priors_of([prior], device)[key]) == [prior]
+    assert not priors_of([prior], device.model_copy(update={"kind": "cuda"}))
+
+
+def test_widths_that_are_left_out_are_forgotten(prior):
+    (model,) = LatencyTable.load(prior).models
+    widths = [(64, 64), (64, 96), (64, 96), (128, 64)]
+    learned = changed(
+        model,
+        length_scales={"k": 1.0, "n": 1.0},
+        points=tuple((math.log2(k), math.log2(n)) for k, n in widths),
+        residuals=(0.1, 0.2, 0.3, 0.4),
+        foreign_rows=2,
+        beyond=model,
+    )
+    assert without(learned, {"shift_int8 1x1"}) is learned and without(model, {"any"}) is model
+    kept = without(learned, {"shift_int8 64x96"})
+    assert kept.residuals == (0.1, 0.4) and kept.foreign_rows == 1 and kept.beyond is None
+    alone = without(learned, {f"shift_int8 {k}x{n}" for k, n in widths})
+    workload = linear("shift_int8", 49, 64, 96)
+    core_ms = model.core.latency_ms(Sizes(1, 49, 64, 96), form_facts("shift_int8"))
+    assert alone.predict(workload).latency_ms == pytest.approx(core_ms)
+
+
+def test_the_command_takes_a_prior_or_none(measure, law, prior, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "rows.sqlite"
+    opened = create_store(store)
+    for row in _rows(measure, law, NARROW, 1.0):
+        opened.put(row)
+    opened.close()
+    for given, expected in ((prior, True), ("none", False)):
+        arguments = ["fit", "--store", str(store), "--prior", given]
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            run(app)
+        assert not stopped.value.code
+        (model,) = LatencyTable.load(tmp_path / "latency_table.json").models
+        assert (model.beyond is not None) == expected
+    monkeypatch.setattr("sys.argv", ["fit", "--store", str(store), "--prior", "nowhere.json"])
+    with pytest.raises(SystemExit) as stopped:
+        run(app, (TableError,))
+    assert stopped.value.code == 2
+    assert "nowhere.json: cannot be read" in " ".join(capsys.readouterr().err.split())
