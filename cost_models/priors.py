@@ -24,6 +24,8 @@ from profiler.device import DeviceInfo
 
 # Of the logarithm of the latency, on average.
 _LARGEST_ERROR = math.log(1.25)
+# So many are of widths enough.
+_ENOUGH_ROWS = 100
 
 # By form and lowering, and then by the name of a table.
 Priors = Mapping[tuple[str, str], Mapping[str, FittedModel]]
@@ -43,7 +45,8 @@ def priors_of(names: Iterable[str], device: DeviceInfo) -> Priors:
     for name in names:
         table = LatencyTable.load(name)
         for model in table.models if table.device.kind == device.kind else ():
-            found.setdefault((model.form, model.lowering), {})[name] = model
+            own = changed(model, beyond=None) if model.beyond else model
+            found.setdefault((model.form, model.lowering), {})[name] = own
     return found
 
 
@@ -64,8 +67,10 @@ def extrapolate_by_(
         priors: Models of the same kernel on others, by name.
 
     Returns:
-        Whose model it is; None where none will do.
+        Whose model it is; None where none will do, or none is needed.
     """
+    if len(workloads) >= _ENOUGH_ROWS:
+        return None
     measured, least = np.asarray(latency_ms, dtype=float), _LARGEST_ERROR
     chosen = None
     for name, source in priors.items():
@@ -91,7 +96,6 @@ def without(source: FittedModel, groups: Collection[str]) -> FittedModel:
         return changed(source, length_scales={}, foreign_rows=0, points=((),), residuals=(0.0,))
     return changed(
         source,
-        beyond=None,
         foreign_rows=sum(i < source.foreign_rows for i in kept),
         points=tuple(source.points[i] for i in kept),
         residuals=tuple(source.residuals[i] for i in kept),

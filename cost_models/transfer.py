@@ -186,7 +186,6 @@ def carried_over(
     points = points_of(sizes)[:, source.columns]
     model = changed(
         source,
-        beyond=None,
         core=core,
         variance=max(source.variance, float(np.mean(residuals**2))),
         foreign_rows=len(source.points),

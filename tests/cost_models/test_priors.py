@@ -103,6 +103,15 @@ def test_only_devices_of_the_same_kind_are_asked(both, prior):
     assert not priors_of([prior], device.model_copy(update={"kind": "cuda"}))
 
 
+def test_a_prior_is_asked_for_what_its_own_device_said(both, tmp_path):
+    """What it has from a third one is left out."""
+    table = both[1][0]
+    table.save(tmp_path / "second.json")
+    (found,) = priors_of([str(tmp_path / "second.json")], table.device).values()
+    (model,) = found.values()
+    assert model.beyond is None and model.points == table.models[0].points
+
+
 def test_widths_that_are_left_out_are_forgotten(prior):
     (model,) = LatencyTable.load(prior).models
     widths = [(64, 64), (64, 96), (64, 96), (128, 64)]
@@ -112,11 +121,10 @@ def test_widths_that_are_left_out_are_forgotten(prior):
         points=tuple((math.log2(k), math.log2(n)) for k, n in widths),
         residuals=(0.1, 0.2, 0.3, 0.4),
         foreign_rows=2,
-        beyond=model,
     )
     assert without(learned, {"shift_int8 1x1"}) is learned and without(model, {"any"}) is model
     kept = without(learned, {"shift_int8 64x96"})
-    assert kept.residuals == (0.1, 0.4) and kept.foreign_rows == 1 and kept.beyond is None
+    assert kept.residuals == (0.1, 0.4) and kept.foreign_rows == 1
     alone = without(learned, {f"shift_int8 {k}x{n}" for k, n in widths})
     workload = linear("shift_int8", 49, 64, 96)
     core_ms = model.core.latency_ms(Sizes(1, 49, 64, 96), form_facts("shift_int8"))
