@@ -86,11 +86,12 @@ _VARIANTS = (
         "latency_loss_weight": 0.01,
     },
     {
-        # At 0.01 a quarter of the tokens of `pairs` went to the shift, at the minimum of the loss
-        # it would be half of them.
-        "name": "moe_balance_strong",
-        "title": "+ MoE, the paper's loss ten times as strong",
+        # The paper's loss asks for half of the tokens of `pairs` and gets a quarter, at a weight of
+        # 0.01 as of 0.1, where it is at its minimum: it counts with the noise.
+        "name": "moe_balance_dispatched",
+        "title": "+ MoE, the paper's loss on the dispatch without noise",
         **_MOE,
+        "latency_loss": "balance_dispatched",
         "latency_loss_weight": 0.1,
     },
     {

@@ -26,11 +26,13 @@ class LatencyObjective:
         weight: Of the loss; against a budget, the weight to start with.
         curves: For the expected latency; None for the paper's latency-aware balance.
         budget_ms: What the expected latency shall not exceed; None to have it as low as can be.
+        as_dispatched: Whether the balance is of the dispatch without noise.
     """
 
     weight: float
     curves: ModelCurves | None = None
     budget_ms: float | None = None
+    as_dispatched: bool = False
 
 
 def latency_loss(model: nn.Module, objective: LatencyObjective) -> Tensor:
@@ -39,7 +41,7 @@ def latency_loss(model: nn.Module, objective: LatencyObjective) -> Tensor:
     Without a budget the expected latency is relative to the slowest dispatch.
     """
     if objective.curves is None:
-        return model_latency_loss(model)
+        return model_latency_loss(model, objective.as_dispatched)
     expected = expected_latency_ms(model, objective.curves)
     if objective.budget_ms is None:
         return expected / objective.curves.bounds_ms[1]
@@ -109,8 +111,30 @@ def optimal_share(expert_latency_ms: Tensor) -> Tensor:
     return inverse / inverse.sum()
 
 
-def model_latency_loss(model: nn.Module) -> Tensor:
+def load_as_dispatched(routing: Routing) -> Tensor:
+    """Load by the choice without noise, with the gradient of the load under it.
+
+    The paper's load is balanced when a token is as likely to win either expert *under the noise*.
+    A deployed router has none: of tokens whose logits lie closer than the noise all may then go to
+    one expert.
+
+    Args:
+        routing: Of one forward pass.
+
+    Returns:
+        ``(tokens, experts)``, of zeros and ones.
+    """
+    experts = torch.arange(routing.load.shape[-1], device=routing.load.device)
+    chosen = routing.probabilities.argmax(dim=-1, keepdim=True) == experts
+    return straight_through(routing.load, chosen.to(routing.load))
+
+
+def model_latency_loss(model: nn.Module, as_dispatched: bool = False) -> Tensor:
     """Mean of the latency-aware loss over a model's MoE layers, for its last forward pass.
+
+    Args:
+        model: With MoE layers.
+        as_dispatched: Whether the load is of the choice without noise.
 
     Raises:
         ValueError: If there is no MoE layer, or one has no latencies or was not run yet.
@@ -120,9 +144,8 @@ def model_latency_loss(model: nn.Module) -> Tensor:
         routing = _routing(fqn, layer)
         if layer.expert_latency_ms.isnan().any():
             raise ValueError(f"{fqn}: expert_latency_ms is not set")
-        losses.append(
-            latency_aware_loss(routing.probabilities, routing.load, layer.expert_latency_ms)
-        )
+        load = load_as_dispatched(routing) if as_dispatched else routing.load
+        losses.append(latency_aware_loss(routing.probabilities, load, layer.expert_latency_ms))
     if not losses:
         raise ValueError("the model has no MoE layer")
     return torch.stack(losses).mean()

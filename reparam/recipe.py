@@ -89,7 +89,8 @@ class Variant(_Strict):
         shift_bits: Bits of a shift weight; None for all that its form stores.
         latency_loss_weight: Weight of the routers' loss; 0 trains without it.
         latency_loss: ``balance``: the paper's, at whose minimum all experts take equally long;
-            ``expected``: the layers' latency at the dispatch of the moment.
+            ``balance_dispatched``: the same of the dispatch as deployed, without the router's
+            noise; ``expected``: the layers' latency at the dispatch of the moment.
         schedule: Whether experts run one after the other or at once, for the expected latency.
         latency_budget_ms: Most that the model shall take on the CPU of the latency table; by the
             table alone, or of its kernels alone where no models were measured for it, if that is
@@ -106,7 +107,7 @@ class Variant(_Strict):
     moe_granularity: Literal["mlp", "linear"] = "mlp"
     shift_bits: Annotated[int, Field(ge=3, le=8)] | None = None
     latency_loss_weight: Annotated[float, Field(ge=0)] = 0.0
-    latency_loss: Literal["balance", "expected"] = "balance"
+    latency_loss: Literal["balance", "balance_dispatched", "expected"] = "balance"
     schedule: Schedule = "sequential"
     latency_budget_ms: PositiveFloat | None = None
     latency_budget_share: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -172,7 +172,7 @@ def expected_latency_curves(
     Raises:
         TableError: If the table cannot answer for an expert.
     """
-    if not variant.latency_loss_weight or variant.latency_loss == "balance":
+    if not variant.latency_loss_weight or variant.latency_loss != "expected":
         return None
     return latency_curves(
         model,
@@ -200,7 +200,8 @@ def latency_objective(
     if not variant.latency_loss_weight:
         return None
     if curves is None:
-        return LatencyObjective(variant.latency_loss_weight)
+        as_dispatched = variant.latency_loss == "balance_dispatched"
+        return LatencyObjective(variant.latency_loss_weight, as_dispatched=as_dispatched)
     if calibration is not None:
         curves = stretched(curves, calibration)
     low_ms, high_ms = curves.bounds_ms

@@ -13,6 +13,7 @@ from reparam.losses import (
     expected_latency_ms,
     latency_aware_loss,
     latency_loss,
+    load_as_dispatched,
     model_latency_loss,
     objective_weight,
     optimal_share,
@@ -191,3 +192,51 @@ def test_without_a_budget_the_loss_is_relative_to_the_slowest_dispatch():
     slowest = curves.bounds_ms[1]
     found = latency_loss(model, LatencyObjective(1.0, curves)).item()
     assert found == pytest.approx(10.0 / slowest)
+
+
+def test_the_load_as_dispatched_knows_no_noise():
+    """Logits closer than the noise: under it half of the tokens go either way, without it none."""
+    torch.manual_seed(0)
+    router = Router(4, 2)
+    with torch.no_grad():
+        router.gate.weight.zero_()
+        router.gate.bias.copy_(torch.tensor([0.01, 0.0]))
+    routing = router(torch.randn(500, 4))
+    soft, hard = routing.load.mean(0), load_as_dispatched(routing).mean(0)
+    assert soft.tolist() == pytest.approx([0.5, 0.5], abs=0.02) and hard.tolist() == [1.0, 0.0]
+    equal = torch.ones(2)
+    assert latency_aware_loss(routing.probabilities, routing.load, equal) < 1e-3
+    loss = latency_aware_loss(routing.probabilities, load_as_dispatched(routing), equal)
+    assert loss.item() == pytest.approx(1, abs=1e-3)
+    loss.backward()
+    assert router.gate.bias.grad[0] > 0 > router.gate.bias.grad[1]
+
+
+def test_training_by_it_balances_what_is_deployed():
+    """Most tokens are near one logit, a few far on the other side: the paper's loss is content."""
+    shares = []
+    for as_dispatched in (False, True):
+        torch.manual_seed(0)
+        forms = {"mult": "mult_fp32", "shift": "shift_fp32"}
+        layer = MoEMlp.from_module(Mlp(2, 4), forms)
+        layer.expert_latency_ms.fill_(1.0)
+        tokens = torch.cat(
+            [
+                torch.tensor([[1.0, 0.0]]).repeat(75, 1) + 0.5 * torch.randn(75, 2),
+                torch.tensor([[-3.0, 0.0]]).repeat(25, 1),
+            ]
+        )
+        with torch.no_grad():
+            layer.router.gate.weight.copy_(torch.tensor([[0.1, 0.0], [-0.1, 0.0]]))
+        optimiser = torch.optim.SGD(layer.router.parameters(), lr=0.005)
+        for _ in range(600):
+            layer(tokens)
+            loss = model_latency_loss(layer, as_dispatched)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        layer.eval()
+        layer(tokens)
+        shares.append(float(layer.routing.counts[1]) / len(tokens))
+    paper, dispatched = shares
+    assert paper < 0.4 and dispatched == pytest.approx(0.5, abs=0.1)
