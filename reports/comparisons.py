@@ -275,11 +275,17 @@ def outcomes_in_words(comparisons: Sequence[Comparison]) -> str:
         ("shift", "linear", False),
         ("add", "attention", True),
     ):
-        counts = count_outcomes(one for one in comparisons if one.is_attention == is_attention)
+        some = [one for one in comparisons if one.is_attention == is_attention]
+        counts = count_outcomes(some)
+        alike = sum(
+            ratio is not None and ratio.is_noise for _, ratio, _ in (c.verdict for c in some)
+        )
+        beyond = f"no difference beyond the noise in {alike}, " if alike else ""
         if counts:
             parts.append(
                 f"{primitive} in {counts['pays']} of {sum(counts.values())} {products} products "
-                f"(loses in {counts['does not pay']}, undecided in {counts['undecided']})"
+                f"(loses in {counts['does not pay']}, {beyond}"
+                f"undecided in {counts['undecided'] - alike})"
             )
     return ", ".join(parts)
 

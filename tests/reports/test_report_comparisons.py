@@ -14,6 +14,7 @@ from reports.comparisons import (
     count_outcomes,
     latency,
     median_own_mult,
+    outcomes_in_words,
     speed_ratio,
     speedups,
 )
@@ -161,6 +162,20 @@ def test_rounds_in_common_decide_beyond_the_noise_floor(noise_floor, speedup, ex
         (one,) = compare([fp32, _shift_row(latency_ms, noise_floor, speedup)])
         outcome, ratio, reason = one.verdict
         assert (outcome, ratio.value, reason) == (expected, speedup[0], why)
+
+
+def test_a_difference_within_the_noise_is_counted_as_none():
+    """Not as undecided: both were in the same rounds and are alike."""
+    found = []
+    for n, speedup in ((64, (1.01, 0.99, 1.03)), (96, (1.5, 1.4, 1.6)), (128, (1.2, 0.9, 1.6))):
+        fp32 = primitive_row(linear("mult_fp32", 8, 16, n), "torch.fp32", 1.0, True)
+        shift = _shift_row(1.0, 0.05, speedup)
+        shift = shift.model_copy(update={"workload": linear("shift_int8", 8, 16, n)})
+        found += compare([fp32, shift])
+    assert outcomes_in_words(found) == (
+        "shift in 1 of 3 linear products (loses in 0, no difference beyond the noise in 1,"
+        " undecided in 1)"
+    )
 
 
 def test_rounds_of_another_run_say_nothing():
