@@ -277,9 +277,8 @@ def outcomes_in_words(comparisons: Sequence[Comparison]) -> str:
     ):
         some = [one for one in comparisons if one.is_attention == is_attention]
         counts = count_outcomes(some)
-        alike = sum(
-            ratio is not None and ratio.is_noise for _, ratio, _ in (c.verdict for c in some)
-        )
+        ratios = [one.verdict[1] for one in some]
+        alike = sum(ratio is not None and ratio.is_noise for ratio in ratios)
         beyond = f"no difference beyond the noise in {alike}, " if alike else ""
         if counts:
             parts.append(
