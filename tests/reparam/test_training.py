@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import multiprocessing
 import signal
 import time
 from itertools import pairwise
@@ -206,20 +206,27 @@ def test_checkpoint_is_plain(tmp_path):
     assert {name.split(".")[0] for name in tensors} == {"model", "optimiser"}
 
 
+def train_slowly(settings, arguments):
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    train(small_vit(), stripes(), settings, on_epoch=lambda entry: time.sleep(0.2), **arguments)
+
+
 def test_killed_run_goes_on_to_the_same_weights(tmp_path):
     """SIGKILL, which no code can catch, somewhere after the first epoch."""
     checkpoint, log = tmp_path / "s.safetensors", tmp_path / "training.csv"
     settings = SETTINGS.model_copy(update={"epochs": 6})
     arguments = {"stage": "s", "checkpoint": checkpoint, "log": log}
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        train(small_vit(), stripes(), settings, on_epoch=lambda entry: time.sleep(0.2), **arguments)
-        os._exit(0)
+    # A fork would be of a process with threads; where it fails it would go on as pytest.
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=train_slowly, args=(settings, arguments))
+    child.start()
     while not checkpoint.is_file():
+        assert child.is_alive()
         time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
