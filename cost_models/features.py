@@ -155,6 +155,11 @@ def shape_group(workload: Workload) -> str:
     return group_name(workload.form, workload.kind, workload.m, workload.k, workload.n)
 
 
+def shape_groups(workloads: Sequence[Workload]) -> NDArray[np.str_]:
+    """The group of each, ``(rows,)``."""
+    return np.array([shape_group(workload) for workload in workloads])
+
+
 def group_name(form: str, kind: str, m: int, k: int, n: int) -> str:
     """The shape group of a form, of that kind, at some sizes."""
     return f"{form} {m if kind == 'kv' else k}x{n}"

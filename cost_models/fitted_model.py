@@ -206,6 +206,8 @@ class FittedModel(BaseModel):
             raise ValueError("points: must be as many as residuals, and at least one")
         if any(len(point) != len(self.length_scales) for point in self.points):
             raise ValueError("points: must have one value for each of length_scales")
+        if self.beyond and (self.beyond.form, self.beyond.lowering) != (self.form, self.lowering):
+            raise ValueError(f"beyond: is of {self.beyond.form} {self.beyond.lowering}")
         if self.foreign_rows > len(self.points):
             raise ValueError("foreign_rows: must not be more than there are points")
         try:

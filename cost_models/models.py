@@ -28,7 +28,7 @@ from cost_models.features import (
     form_facts,
     hull_of,
     points_of,
-    shape_group,
+    shape_groups,
     sizes_of,
 )
 from cost_models.fitted_model import FittedModel, PhysicalCore, Predictions, changed
@@ -138,8 +138,8 @@ class LearnedLatency(BaseEstimator):
         if len(workloads) < MIN_ROWS:
             raise ValueError(f"{len(workloads)} rows; a model needs {MIN_ROWS}")
         facts = form_facts(self.form)
-        groups = np.array([shape_group(workload) for workload in workloads])
-        rows = _Rows(sizes_of(workloads), facts, np.asarray(latency_ms, dtype=float), groups)
+        measured, groups = np.asarray(latency_ms, dtype=float), shape_groups(workloads)
+        rows = _Rows(sizes_of(workloads), facts, measured, groups)
         hull, found = hull_of(workloads), []
         for candidate in self._finalists(rows):
             model = self._model(candidate, rows, hull)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from cost_models.features import shape_group, sizes_of
+from cost_models.features import shape_groups, sizes_of
 from cost_models.fitted_model import FittedModel
 from cost_models.models import LearnedLatency, refitted
 from cost_models.training_rows import Row
@@ -46,9 +46,9 @@ def learn_from_shared_(
     if len(shared) < max(_LEAST_SHARED, len(workloads)):
         return False
     shared_workloads, shared_ms = [r.workload for r in shared], [r.latency_ms for r in shared]
-    measured, groups = np.asarray(latency_ms, dtype=float), _groups(workloads)
+    measured, groups = np.asarray(latency_ms, dtype=float), shape_groups(workloads)
     there, theirs = sizes_of(shared_workloads), np.asarray(shared_ms, dtype=float)
-    their_groups = _groups(shared_workloads)
+    their_groups = shape_groups(shared_workloads)
     source = clone(model).fit(shared_workloads, shared_ms).fitted_
 
     def source_without(left: NDArray[np.str_]) -> FittedModel:
@@ -61,10 +61,6 @@ def learn_from_shared_(
     model.fitted_ = carried_model(source, model.device, workloads, measured, left_out)
     model.errors_ = left_out[0]
     return True
-
-
-def _groups(workloads: Sequence[Workload]) -> NDArray[np.str_]:
-    return np.array([shape_group(workload) for workload in workloads])
 
 
 def _clearly_worse(excess: NDArray[np.float64], groups: NDArray[np.str_]) -> bool:

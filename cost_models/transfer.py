@@ -24,7 +24,7 @@ from cost_models.features import (
     hull_of,
     parallel_units,
     points_of,
-    shape_group,
+    shape_groups,
     sizes_of,
 )
 from cost_models.fitted_model import FittedModel, PhysicalCore, Predictions, changed
@@ -134,7 +134,7 @@ def left_out_errors(
         device: That the rows are of.
         workloads, latency_ms: The rows.
     """
-    sizes, groups = sizes_of(workloads), np.array([shape_group(w) for w in workloads])
+    sizes, groups = sizes_of(workloads), shape_groups(workloads)
     errors, deviations = np.zeros(len(groups)), np.zeros(len(groups))
     for train, left in folds_of(groups):
         source = source_without(groups[left])

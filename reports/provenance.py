@@ -145,13 +145,14 @@ def method(run: RunFolder) -> Section:
             "median of the clean samples with its 95 % interval; samples contaminated by other "
             "processes, clock drops or stolen time are dropped and counted, and where too few "
             "are left there is no figure but a reason. Hot and cold caches are different figures. "
-            "A claim of speed is a ratio with its interval, the low end of one latency over the "
-            "high end of the other; it counts only if the whole interval is on one side of 1×, "
-            "and nothing is called fastest where a baseline failed. Shift is also set against our "
-            "own int8 mult with the same schedule, for that ratio says what the shift itself "
-            "brings. Accuracy has Wilson's 95 % interval, differences a paired one on the same "
-            "images. Energy is counted over long windows of repeated launches; what was modelled "
-            "says modelled, what was measured says measured, and a missing figure is a dash with "
-            "its reason.",
+            "A claim of speed is a ratio with its interval: of the rounds that both were in, or, "
+            "where the sweep noted none, the low end of one latency over the high end of the "
+            "other. It counts only if the whole interval is on one side of 1× and the difference "
+            "exceeds the noise floor, and nothing is called fastest where a baseline failed. Shift "
+            "is also set against our own mult in 8 and 7 bits with the same schedule, for that "
+            "ratio says what the shift itself brings. Accuracy has Wilson's 95 % interval, "
+            "differences a paired one on the same images. Energy is counted over long windows of "
+            "repeated launches; what was modelled says modelled, what was measured says measured, "
+            "and a missing figure is a dash with its reason.",
         ),
     )

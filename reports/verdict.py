@@ -142,8 +142,9 @@ def _kernel_sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     return (
         *sentences,
         f"What the shift itself brings: int8 shift runs at {formats.significant(own.value)}× the "
-        f"speed of our own int8 mult (median; {formats.significant(own.low or 0)}× to "
-        f"{formats.significant(own.high or 0)}× over the products).",
+        f"speed of our own mult, the faster of 8 and 7 bits (median; "
+        f"{formats.significant(own.low or 0)}× to {formats.significant(own.high or 0)}× over the "
+        "products).",
     )
 
 
@@ -363,13 +364,13 @@ def _rival_card(label: str, found: VersusTorch | None) -> Card:
 
 def _own_mult_card(run: RunFolder) -> Card:
     own = median_own_mult(main_setting(run))
-    label = "What shift brings over our own int8 mult"
+    label = "What shift brings over our own mult"
     if own is None:
-        return Card(label, formats.DASH, "shift_int8 and mult_int8 were not both measured")
+        return Card(label, formats.DASH, "int8 shift and mult were not both measured")
     return Card(
         label,
         f"{formats.significant(own.value)}×",
-        f"in 8 or 7 bits, median speed ratio; {formats.significant(own.low or 0)}× to "
+        f"the faster of 8 and 7 bits, median speed ratio; {formats.significant(own.low or 0)}× to "
         f"{formats.significant(own.high or 0)}× over the products",
     )
 

@@ -93,7 +93,7 @@ def _heat_map(group: Sequence[Comparison]) -> Picture | None:
             for column, part in frame.groupby("column", sort=False)
         ),
         "Speed of our best lowering of each form over the fastest baseline that ran on the same "
-        f"product; “{OWN_MULT}” is over our own int8 multiplication.{shown} A product "
+        f"product; “{OWN_MULT}” is over our own multiplication in 8 or 7 bits.{shown} A product "
         "is batch × tokens × inputs × outputs. Intervals are in the table.",
     )
 

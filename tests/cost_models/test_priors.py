@@ -90,6 +90,13 @@ def test_a_table_with_such_models_is_read_back(both, tmp_path):
     assert again == table and again.lookup(FAR[0]) == table.lookup(FAR[0])
 
 
+def test_a_table_with_another_kernels_model_beyond_is_refused(both):
+    model = both[1][0].models[0]
+    other = changed(model.beyond, lowering="shift.simple")
+    with pytest.raises(ValueError, match=r"beyond: is of shift_int8 shift\.simple"):
+        changed(model, beyond=other)
+
+
 def test_a_model_that_is_wrong_here_is_not_trusted(measure, law, prior):
     """On this device everything beyond 64 inputs takes ten times as long."""
     rows = _rows(measure, law, NARROW, 1.0, bend=lambda w: 10.0 if w.k > 64 else 1.0)
