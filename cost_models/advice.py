@@ -67,6 +67,7 @@ def advise(
         reason=reason,
         decisions=decisions,
         totals=_totals(decisions, others, costs),
+        caution=table.caution,
     )
 
 

@@ -124,6 +124,7 @@ class Advice(BaseModel):
         decisions: Of every layer that a rule covers.
         totals: None without a table.
         measure: Commands that would turn what is unknown into figures.
+        caution: What to know of the table before its latencies are taken for the device's.
     """
 
     model_config = STRICT
@@ -141,6 +142,7 @@ class Advice(BaseModel):
     decisions: tuple[Decision, ...] = ()
     totals: Totals | None = None
     measure: tuple[str, ...] = ()
+    caution: str | None = None
 
     @property
     def convert(self) -> dict[str, str]:

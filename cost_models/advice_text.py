@@ -45,6 +45,8 @@ def lines(advice: Advice) -> Iterator[str]:
         yield f"what the shift itself brings, against our own bf16 or int8 mult: {counted}"
     for reason, number in Counter(_unknown_reasons(advice)).most_common(3):
         yield f"unknown ({number}): {reason}"
+    if advice.caution:
+        yield f"caution: {advice.caution}"
     for command in advice.measure:
         yield f"measure: {command}"
 

@@ -13,16 +13,11 @@ from rich.console import Console
 from rich.progress import track
 from sklearn.base import clone
 
+from cost_models.entry import EnergySource, Entry
 from cost_models.fit_result import FitResult, LoweringFit
 from cost_models.fitted_model import FittedModel
 from cost_models.held_out import error_table, is_locked, validate
-from cost_models.latency_table import (
-    MODELLED_ENERGY,
-    EnergySource,
-    Entry,
-    LatencyTable,
-    TableError,
-)
+from cost_models.latency_table import MODELLED_ENERGY, LatencyTable, TableError
 from cost_models.layer_models import fit_overheads, predict_left_out
 from cost_models.models import MIN_ROWS, LearnedLatency
 from cost_models.operation_energy import UnknownOperation, operation_energy
@@ -167,6 +162,7 @@ def to_entry(row: Row) -> Entry:
         energy_mj=energy_mj,
         energy_source=source,
         energy_reason=reason,
+        on_shared_core=measured.on_shared_core,
     )
 
 
@@ -213,6 +209,8 @@ def main(
     console.print(error_table(result.fits, result.device))
     for subject, reason in result.skipped.items():
         console.print(f"no model of {subject}: {reason}", markup=False, soft_wrap=True)
+    if table.caution:
+        console.print(f"caution: {table.caution}", markup=False, soft_wrap=True)
     console.print(
         f"{len(table.entries)} measured rows and {len(table.models)} models -> "
         f"{folder / 'latency_table.json'}",

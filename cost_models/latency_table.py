@@ -19,21 +19,12 @@ import zlib
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cost_models.fitted_model import STRICT, FittedModel, Positive
+from cost_models.entry import EnergySource, Entry
+from cost_models.fitted_model import STRICT, FittedModel
 from cost_models.operation_energy import operation_energy
 from cost_models.overheads import LayerOverhead
 from cost_models.own_speeds import OwnSpeed
@@ -43,7 +34,6 @@ from profiler.device import DeviceInfo
 from profiler.whole_file import write_whole
 
 Source = Literal["measured", "predicted", "extrapolated"]
-EnergySource = Literal["measured", "modelled"]
 
 MODELLED_ENERGY = "45 nm operation and traffic counts, not this device"
 DEVICE_ENERGY = "from the measured energies of this device"
@@ -71,6 +61,8 @@ class Estimate(NamedTuple):
         source: ``measured`` (this very workload), ``predicted`` (inside the training shapes) or
             ``extrapolated`` (outside of them, with a wider interval).
         lowering: The implementation that the figures are of.
+        on_shared_core: Whether what was measured, or most of what the model has learned from, is of
+            a core that another guest of the host worked on as well: 1.2 to 1.8 times too slow.
     """
 
     latency_ms: float
@@ -81,64 +73,7 @@ class Estimate(NamedTuple):
     energy_reason: str | None
     source: Source
     lowering: str
-
-
-def _to_workload(value: Any) -> Workload:
-    if isinstance(value, Workload):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError("must be a workload, as written by Workload.to_dict")
-    if not isinstance(value.get("fused", []), list | tuple):
-        raise ValueError("fused: must be a list of names")
-    try:
-        workload = Workload.from_dict(value)
-        hash(workload)
-    except TypeError as error:
-        raise ValueError(f"a field is of a wrong type ({error})") from error
-    return workload
-
-
-def _workload_schema() -> dict[str, Any]:
-    return {**TypeAdapter(Workload).json_schema(), "additionalProperties": False}
-
-
-class Entry(BaseModel):
-    """One measured workload and lowering.
-
-    Attributes:
-        latency_ms, low_ms, high_ms: Median and its 95 % confidence interval.
-        weight_bytes: Stored parameters; None if the store has none.
-        is_baseline: True for an implementation of another project.
-        energy_mj, energy_source, energy_reason: As in Estimate.
-    """
-
-    model_config = STRICT
-
-    workload: Annotated[
-        Workload,
-        PlainValidator(_to_workload),
-        PlainSerializer(lambda value: value.to_dict()),
-        WithJsonSchema(_workload_schema()),
-    ]
-    lowering: str
-    is_baseline: bool
-    latency_ms: Positive
-    low_ms: Positive
-    high_ms: Positive
-    weight_bytes: Annotated[int, Field(ge=0)] | None
-    energy_mj: Positive | None
-    energy_source: EnergySource | None
-    energy_reason: str | None
-
-    @model_validator(mode="after")
-    def _honest(self) -> Entry:
-        if not self.low_ms <= self.latency_ms <= self.high_ms:
-            raise ValueError("latency_ms: lies outside low_ms and high_ms")
-        if (self.energy_mj is None) != (self.energy_source is None):
-            raise ValueError("energy_source: is given exactly with energy_mj")
-        if (self.energy_source == "measured") != (self.energy_reason is None):
-            raise ValueError("energy_reason: is needed exactly where energy is not measured")
-        return self
+    on_shared_core: bool = False
 
 
 class _Header(BaseModel):
@@ -175,7 +110,8 @@ class LatencyTable(BaseModel):
     models: tuple[FittedModel, ...]
     energy_models: tuple[FittedModel, ...] = ()
     overheads: tuple[LayerOverhead, ...] | None = None
-    own_speeds: dict[str, OwnSpeed] = {}
+    # Left out where empty, so that tables without keep the hash that runs of before have noted.
+    own_speeds: dict[str, OwnSpeed] = Field(default={}, exclude_if=lambda speeds: not speeds)
 
     @model_validator(mode="after")
     def _each_once(self) -> LatencyTable:
@@ -231,6 +167,18 @@ class LatencyTable(BaseModel):
         """Other projects' implementations of a form that the table knows anything of."""
         return tuple(name for name, is_baseline in self._known.get(form, {}).items() if is_baseline)
 
+    @property
+    def caution(self) -> str | None:
+        """What to know before its latencies are taken for the device's; None if nothing."""
+        shared = sum(entry.on_shared_core for entry in self.entries)
+        if not shared:
+            return None
+        return (
+            f"{shared} of {len(self.entries)} measured rows are of a core that another guest of the"
+            " host worked on as well, and 1.2 to 1.8 times too slow; ratios suffer less. Measure"
+            " again when the host is quieter"
+        )
+
     def overhead(self, kind: str, lowering: str) -> LayerOverhead | None:
         """What layers or models take beside their kernels; None where none was measured.
 
@@ -246,8 +194,7 @@ class LatencyTable(BaseModel):
     @cached_property
     def sha256(self) -> str:
         """Hash of the content, equal for equal tables however their JSON is laid out."""
-        # Tables without speeds keep the hash that runs of before have noted.
-        known = self.model_dump(mode="json", exclude=None if self.own_speeds else {"own_speeds"})
+        known = self.model_dump(mode="json")
         content = json.dumps(known, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -315,6 +262,7 @@ class LatencyTable(BaseModel):
                 energy_reason=entry.energy_reason,
                 source="measured",
                 lowering=lowering,
+                on_shared_core=entry.on_shared_core,
             )
         model = self._models.get((form, lowering))
         if model is None or not workload.is_canonical:
@@ -339,7 +287,20 @@ class LatencyTable(BaseModel):
             energy_reason=f"not measured at this shape; {origin}",
             source="extrapolated" if prediction.octaves_outside else "predicted",
             lowering=lowering,
+            on_shared_core=(form, lowering) in self._learned_on_shared_cores,
         )
+
+    @cached_property
+    def _learned_on_shared_cores(self) -> set[tuple[str, str]]:
+        """Kernels whose models have learned from such rows as they are.
+
+        ``training_rows.group_rows`` leaves those out wherever a model can do without.
+        """
+        return {
+            (entry.workload.form, entry.lowering)
+            for entry in self.entries
+            if entry.on_shared_core and entry.workload.is_canonical
+        }
 
     @cached_property
     def _energy_models(self) -> dict[tuple[str, str], FittedModel]:

@@ -46,6 +46,7 @@ COLUMNS = (
     "energy_mj",
     "energy_source",
     "energy_reason",
+    "on_shared_core",
     "device",
     "workload",
 )
@@ -66,8 +67,10 @@ def to_csv(table: LatencyTable) -> str:
             "device": table.device.fingerprint,
             "workload": entry.workload.key,
         } | {size: getattr(entry.workload, size) for size in ("b", "m", "k", "n")}
-        known = entry.model_dump(exclude={"workload"}) | of_workload
-        writer.writerow([known[column] for column in COLUMNS])
+        writer.writerow(
+            of_workload[column] if column in of_workload else getattr(entry, column)
+            for column in COLUMNS
+        )
     return text.getvalue()
 
 
@@ -116,6 +119,7 @@ def show(
         f"{found.device.label}, fingerprint {found.device.fingerprint}",
         f"fitted {found.created_at} on {found.store}, SHA-256 {found.sha256}",
         f"{len(found.entries)} measured rows, {len(found.models)} models",
+        *([f"caution: {found.caution}"] if found.caution else []),
         *(f"{form}: {', '.join(found.lowerings(form))}" for form in found.forms),
         *(
             f"{form}: {own.mean:.2f}× as fast as our int8 mult in common rounds"

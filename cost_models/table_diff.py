@@ -12,7 +12,8 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from cost_models.latency_table import Entry, LatencyTable
+from cost_models.entry import Entry
+from cost_models.latency_table import LatencyTable
 
 # Two tables are two jobs: on one machine they scatter by this much without any cause.
 THRESHOLD = 0.1

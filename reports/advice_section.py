@@ -16,6 +16,7 @@ def advice(run: RunFolder) -> Section:
         return Section("advice", title, missing=run.absence("advice.json"))
     where = found.device.label if found.device else "a device without a table"
     lead = [f"{found.model}, batch {found.batch}, on {where}: {found.verdict}. {found.reason}"]
+    lead += [f"{found.caution}."] if found.caution else []
     lead += [f"This would tell more: {command}" for command in found.measure]
     table = Table(
         "Decisions by layer, from the latency table",

@@ -258,8 +258,17 @@ def test_rows_of_a_shared_core_teach_nothing_where_others_are_enough(measure):
     assert found.mape < 5
     few = [row for row in rows if row.on_shared_core][:9]
     few += [row for row in rows if not row.on_shared_core][:5]
-    _, result = fit(few, "x")
+    assert table.caution is None and "on_shared_core" not in table.model_dump_json()
+    slow, result = fit(few, "x")
     assert result.fits[0].rows_shared == 0
+    # No model can do without them: the table says so of each row and of what it predicts.
+    assert slow.caution and slow.caution.startswith("9 of 14 measured rows")
+    marked = {entry.workload: entry.on_shared_core for entry in slow.entries}
+    assert marked == {row.workload: row.on_shared_core for row in few}
+    assert slow.lookup(few[0].workload).on_shared_core
+    assert not slow.lookup(few[-1].workload).on_shared_core
+    assert slow.lookup(linear("shift_int8", 65, 64, 64)).on_shared_core
+    assert LatencyTable.model_validate_json(slow.model_dump_json()).sha256 == slow.sha256
 
 
 def test_what_was_measured_at_a_low_clock_is_learned_at_the_full_one(measure):

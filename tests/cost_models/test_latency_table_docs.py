@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cost_models.latency_table import Entry, LatencyTable
+from cost_models.entry import Entry
+from cost_models.latency_table import LatencyTable
 from cost_models.shipped_tables import SHIPPED
 
 TEXT = (Path(__file__).parents[2] / "docs" / "latency-table.md").read_text()

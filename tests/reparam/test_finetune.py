@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cost_models.latency_table import Entry, LatencyTable, TableError
+from cost_models.entry import Entry
+from cost_models.latency_table import LatencyTable, TableError
 from kernels.workload import Workload
 from profiler.command_line import BadInput
 from profiler.device import cpu_info

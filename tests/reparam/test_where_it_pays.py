@@ -5,7 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from cost_models.latency_table import Entry, LatencyTable, TableError
+from cost_models.entry import Entry
+from cost_models.latency_table import LatencyTable, TableError
 from kernels.workload import linear
 from profiler.device import DeviceInfo
 from profiler.model_workloads import layers_of

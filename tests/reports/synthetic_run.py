@@ -6,8 +6,9 @@ import math
 import random
 from pathlib import Path
 
+from cost_models.entry import Entry
 from cost_models.fit_result import FitResult, LoweringFit, PartErrors, Point
-from cost_models.latency_table import Entry, LatencyTable
+from cost_models.latency_table import LatencyTable
 from kernels.workload import Workload, attention, linear
 from profiler.device import DeviceInfo
 from profiler.store import Measurement, create_store
