@@ -29,7 +29,7 @@ TIMM_COLUMNS = {
     "infer_img_size": "Int64",
     "param_count": "float64",
 }
-_ORIGINAL = "original"
+_ORIGINAL, _TORCH = "original", "torch"
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
@@ -64,9 +64,11 @@ def timm_rows(rows: Sequence[Measurement]) -> pd.DataFrame:
         batch, image_size, parameters = (
             _number(row.details.get(fact)) for fact in ("batch", "image_size", "parameters")
         )
+        # reparam.evaluate names its rows by model and batch, and tells forms by their lowering.
+        own = row.lowering if row.subject.startswith(f"{name}, ") else row.subject
         found.append(
             {
-                "model": name if row.subject in (_ORIGINAL, name) else f"{name}.{row.subject}",
+                "model": name if own in (_ORIGINAL, name, _TORCH) else f"{name}.{own}",
                 "infer_samples_per_sec": batch and round(batch / row.latency_ms * 1e3, 2),
                 "infer_step_time": round(row.latency_ms, 3),
                 "infer_batch_size": batch,

@@ -43,7 +43,8 @@ class LayerDispatch(BaseModel):
     Attributes:
         layer: Qualified name of the module.
         share: Share of tokens by expert, adding up to 1.
-        optimal_share: Share at the minimum of the latency-aware loss (proportional to 1/α).
+        optimal_share: Share at which all experts take equally long (proportional to 1/α): the
+            minimum of the paper's loss, were there no noise in the router.
         expert_latency_ms: Latency of each expert for all tokens of the layer, from the table.
         expert_source: Where that latency is from: measured, predicted or extrapolated.
     """
@@ -125,8 +126,9 @@ class VariantResult(BaseModel):
         deployed_top1: Test accuracy in percent of what was deployed; None where not deployed.
         difference: deployed top-1 minus the original's in points, with the paired interval.
         latency_ms: Measured end to end at ``deploy_batch``; None with a reason.
-        predicted_latency_ms: Sum over the layers from the latency table, None with a reason.
-        predicted_interval: 90 % interval of that sum; None where the table gives none.
+        predicted_latency_ms: From the latency table, None with a reason.
+        predicted_interval: 90 % interval of it; None where the table gives none.
+        predicted_reason: What the prediction covers, or why there is none.
         weight_bytes: Stored parameters of the deployed form.
         energy_mj: Energy of one inference at ``deploy_batch``, measured or modelled.
         energy_source: ``measured`` or ``modelled``.

@@ -100,11 +100,19 @@ def compare(
     """
     of_torch: dict[str, Callable[[Tensor], Any]] = {}
     others: dict[str, Callable[[Tensor], Any]] = {}
-    failed: dict[str, str] = {}
+    failed: list[Contestant] = []
     for found, contestants_of in ((of_torch, torch_contestants), (others, runtime_contestants)):
         for way, run, reason in contestants_of(original, example):
             if run is None:
-                failed[way] = reason
+                failed.append(
+                    Contestant(
+                        name=way,
+                        ours=False,
+                        other_runtime=found is others,
+                        latency_ms=None,
+                        reason=reason,
+                    )
+                )
             else:
                 found[way] = run
     ours = {way: planned(model, example) for way, model in deployed.items()}
@@ -116,13 +124,11 @@ def compare(
         Contestant(
             name=way,
             ours=way in deployed,
+            other_runtime=way in others,
             latency_ms=Interval.of_latency(timings[way]),
             reason=timings[way].reason,
         )
         for way in launches
-    ] + [
-        Contestant(name=way, ours=False, latency_ms=None, reason=reason)
-        for way, reason in failed.items()
     ]
     known = {way: t.latency_ms for way in of_torch if (t := timings[way]).latency_ms is not None}
     best = min(known, key=lambda way: known[way]) if known else None
@@ -137,7 +143,7 @@ def compare(
         model=name,
         batch=len(example),
         image_size=example.shape[-1],
-        contestants=contestants,
+        contestants=contestants + failed,
         best_torch=best,
         speedup=speedups(best),
         speedup_eager=speedups(EAGER),

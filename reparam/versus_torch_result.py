@@ -20,6 +20,7 @@ class Contestant(BaseModel):
     Attributes:
         name: Such as ``compile bf16`` or ``deployed, 50 % shift``.
         ours: Whether it is a deployed model.
+        other_runtime: Whether it is of a runtime that is neither PyTorch's nor ours.
         latency_ms: With its 95 % interval; None with a reason.
         reason: Why there is no figure.
     """
@@ -28,6 +29,7 @@ class Contestant(BaseModel):
 
     name: str
     ours: bool
+    other_runtime: bool = False
     latency_ms: Interval | None
     reason: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -20,7 +21,7 @@ from reports.formats import (
 )
 from reports.html import Picture, Section, Table
 from reports.run_folder import RunFolder
-from reports.verdict import original_of, variant_speed
+from reports.whole_models import original_of, unmeasured_originals, variant_speed
 
 
 def on_front(costs: Sequence[float], gains: Sequence[float]) -> list[bool]:
@@ -150,6 +151,7 @@ def _energy_cell(variant: VariantResult) -> Cell:
 
 def _variant_table(results: FinetuneResults) -> Table:
     rows: list[tuple[str | Cell, ...]] = []
+    absent = "; ".join(f"without {title}" for title in unmeasured_originals(results)) or None
     for one in results.variants:
         speed = variant_speed(results, one)
         is_original = one is original_of(results)
@@ -163,7 +165,9 @@ def _variant_table(results: FinetuneResults) -> Table:
                 milliseconds_cell(one.latency_ms)
                 if one.latency_ms
                 else missing(one.latency_reason),
-                missing(against) if is_original or speed is None else times_cell(speed),
+                missing(against)
+                if is_original or speed is None
+                else replace(times_cell(speed), reason=absent),
                 bytes_cell(one.weight_bytes),
                 _energy_cell(one),
             )

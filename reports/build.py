@@ -30,6 +30,7 @@ from reports import (
     where_section,
 )
 from reports.html import Page, Part, render
+from reports.key_figures import key_figures
 from reports.run_folder import RunFolder, load_run
 
 app = typer.Typer(add_completion=False)
@@ -70,11 +71,12 @@ def compose(run: RunFolder, others: Sequence[RunFolder] = ()) -> Page:
         Part("Where is it from?", (provenance.machine(run), provenance.method(run))),
     )
     side_by_side = (Part("Other runs", (runs_section.runs((run, *others)),)),) if others else ()
+    device = run.device.label if run.device else "unknown"
     return Page(
         title="Does replacing multiplications by shifts and adds pay on this device?",
-        subtitle=f"Device: {run.device.label if run.device else 'unknown'} · run: {run.path.name}",
+        subtitle=f"Device: {device} · run: {run.path.resolve().name}",
         verdict=verdict.decide(run),
-        cards=verdict.key_figures(run),
+        cards=key_figures(run),
         missing=tuple(run.absence(name) for name in run.missing),
         parts=side_by_side + parts,
     )

@@ -94,9 +94,8 @@ def speed_over_rival(ours: Measurement, rival: Measurement) -> Ratio:
             paired = speed_over_baseline(ours, rival.lowering)
         elif schedule_of(ours.lowering) == schedule_of(rival.lowering):
             paired = speed_over(ours, form_of(rival).removeprefix("mult_"))
-    if paired is None:
-        return speed_ratio(latency(rival), latency(ours))
-    return Ratio(paired.value, paired.low, paired.high, ours.noise_floor or 0.0)
+    found = paired or speed_ratio(latency(rival), latency(ours))
+    return Ratio(found.value, found.low, found.high, ours.noise_floor or 0.0)
 
 
 def _fastest(rows: Iterable[Measurement]) -> Measurement | None:
@@ -262,6 +261,13 @@ def settings(comparisons: Sequence[Comparison], main: str | None) -> list[list[C
     return [groups[key] for key in order]
 
 
+def main_setting(rows: Iterable[Measurement], device: DeviceInfo | None) -> list[Comparison]:
+    """The comparisons that a verdict on a device rests on, hot before cold; none without rows."""
+    main = device.fingerprint if device else None
+    found = settings(compare(rows), main)
+    return found[0] if found and found[0][0].device.fingerprint == main else []
+
+
 def count_outcomes(comparisons: Iterable[Comparison]) -> Counter[Outcome]:
     """How many products pay, do not pay, or are undecided; those without a rival are left out."""
     verdicts = [comparison.verdict for comparison in comparisons]
@@ -293,6 +299,12 @@ def median_own_mult(comparisons: Iterable[Comparison]) -> Ratio | None:
     """Median over the products of shift_int8 against our own mult, with its full range."""
     ratios = [own.ratio.value for c in comparisons if (own := c.own_mult())]
     return Ratio(median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def own_mults_in_words(comparisons: Iterable[Comparison]) -> str:
+    """What is meant by our own mult, where it is more than one kernel."""
+    both = any(form_of(row) == "mult_int7" for one in comparisons for row in one.ours)
+    return ", the faster of 8 and 7 bits" if both else " in 8 bits"
 
 
 def speedups(comparisons: Iterable[Comparison]) -> pd.DataFrame:

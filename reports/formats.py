@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from profiler.device import DeviceInfo
+
 DASH = "—"
 
 
@@ -122,3 +124,12 @@ def count_cell(value: int | None, reason: str | None = None) -> Cell:
 def percent_cell(value: float | None, reason: str | None = None) -> Cell:
     """A figure in percent as a cell."""
     return missing(reason) if value is None else Cell(percent(value), value)
+
+
+def short_label(device: DeviceInfo) -> str:
+    """The device's name and threads; its vector extensions stand in the table of the machine."""
+    return (
+        f"{device.name}, {device.threads} thread{'s' * (device.threads != 1)}"
+        if device.kind == "cpu"
+        else device.name
+    )

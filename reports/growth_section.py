@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from reports.formats import (
     ends,
     milliseconds_cell,
     missing,
+    short_label,
     significant,
 )
 from reports.html import MAX_MARKS, Picture, Section, Table
@@ -168,7 +170,7 @@ def series_of(rows: Sequence[Measurement]) -> dict[str, list[_Point]]:
 
     Of our lowerings the fastest at each length; each baseline by itself. Longest series first.
     """
-    found: dict[str, dict[int, _Point]] = {}
+    found: dict[tuple[str, str], dict[int, _Point]] = {}
     for row in rows:
         workload = row.workload
         if row.status != "ok" or row.cache != "hot" or not workload or workload.kind == "linear":
@@ -177,16 +179,21 @@ def series_of(rows: Sequence[Measurement]) -> dict[str, list[_Point]]:
         who = row.lowering if row.is_baseline else "ours"
         name = (
             f"{form_of(row)}, {who}, {workload.b} × {bits} bits × {workload.n}, "
-            f"{row.device.threads} threads"
+            f"{short_label(row.device)}"
         )
+        series = (name, row.device.fingerprint)
         figure = latency(row)
         point = _Point(name, workload.tokens, figure.value, figure.low, figure.high)
-        best = found.setdefault(name, {}).get(point.tokens)
+        best = found.setdefault(series, {}).get(point.tokens)
         if best is None or point.latency_ms < best.latency_ms:
-            found[name][point.tokens] = point
-    long = {
-        name: sorted(points.values(), key=lambda point: point.tokens)
-        for name, points in found.items()
-        if len(points) >= FEWEST_LENGTHS
-    }
+            found[series][point.tokens] = point
+    names = Counter(name for name, _ in found)
+    long: dict[str, list[_Point]] = {}
+    for (name, fingerprint), points in found.items():
+        if len(points) < FEWEST_LENGTHS:
+            continue
+        # Two cards of one kind have one name.
+        unique = name if names[name] == 1 else f"{name} {fingerprint[:6]}"
+        ordered = sorted(points.values(), key=lambda point: point.tokens)
+        long[unique] = [replace(point, series=unique) for point in ordered]
     return dict(sorted(long.items(), key=lambda item: -len(item[1])))

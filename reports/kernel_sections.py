@@ -27,12 +27,12 @@ from reports.formats import (
     milliseconds_cell,
     missing,
     number_cell,
+    short_label,
     significant,
     times_cell,
 )
 from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import SWEEP, RunFolder
-from reports.verdict import short_label
 
 # The dot plot names its products; with more of them it would be a list, not a picture.
 MAX_PRODUCTS_DRAWN = 24
@@ -108,7 +108,7 @@ def _pictures(group: Sequence[Comparison], setting: str, index: int) -> list[Pic
             frame[frame["product"].isin(drawn)],
             f"Speed of our kernels against the best baseline that ran, {setting}. {alt}.",
             f"{setting}. Best baseline that ran ÷ our best lowering of each form, log scale, with "
-            f"conservative 95 % intervals.{part} Products with a failed baseline are shown "
+            f"95 % intervals.{part} Products with a failed baseline are shown "
             "against those that ran; the table says so and calls nothing fastest.",
         ),
         Picture(
@@ -118,7 +118,8 @@ def _pictures(group: Sequence[Comparison], setting: str, index: int) -> list[Pic
             frame.head(MAX_MARKS),
             f"The same ratios over the size of the product, one panel a form, {setting}. {alt}.",
             f"{setting}. The same ratios over the size of the product: one mark a product. "
-            "Undecided: the interval spans 1×, or a faster result while a baseline failed.",
+            "Undecided: the interval spans 1×, the difference is below the noise floor, or ours "
+            "is faster while a baseline failed.",
         ),
     ]
 

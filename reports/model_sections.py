@@ -20,7 +20,7 @@ from reports.formats import (
 )
 from reports.html import Picture, Section, Table
 from reports.run_folder import FINETUNE, RunFolder
-from reports.verdict import original_of, shift_share
+from reports.whole_models import original_of, shift_share
 
 MAX_EXAMPLE_LAYERS = 4
 
@@ -58,8 +58,9 @@ def routing(run: RunFolder) -> Section:
         model_plots.routing,
         frame,
         f"Share of tokens per expert and MoE layer. {sentences}",
-        "Share of the test set's tokens per expert. The diamond is where the latency-aware loss "
-        "has its minimum: each expert's load in inverse proportion to its latency.",
+        "Share of the test set's tokens per expert. The diamond is the dispatch at which all "
+        "experts take equally long, in inverse proportion to their latency: what the paper's "
+        "balance aims at, counted with the router's noise. Other losses aim elsewhere.",
     )
     rows = tuple(
         (
@@ -84,7 +85,7 @@ def routing(run: RunFolder) -> Section:
             "layer",
             "expert",
             "share of tokens",
-            "optimum of the loss",
+            "share of equal time",
             "latency of all tokens, ms",
             "source of the latency",
         ),

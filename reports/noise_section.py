@@ -37,8 +37,8 @@ def noise(run: RunFolder) -> Section:
     )
     floors = _floors(run.rows)
     lead = [
-        f"A kernel measured against itself differs by up to {percent(100 * max(floors))}: no "
-        "difference below that is called one."
+        f"A kernel measured against itself differs by up to {percent(100 * max(floors))}. No "
+        "difference below the floor of its own sweep is called one."
         if floors
         else "The noise floor was not measured: no kernel of ours was set against itself."
     ]

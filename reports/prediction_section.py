@@ -8,6 +8,7 @@ import pandas as pd
 
 from cost_models.fit_result import Point
 from reports import kernel_plots, model_plots
+from reports.fit_errors import extrapolated_in_words, held_out_mape
 from reports.formats import (
     Cell,
     count_cell,
@@ -20,7 +21,6 @@ from reports.formats import (
 )
 from reports.html import MAX_MARKS, Picture, Section, Table
 from reports.run_folder import FINETUNE, FIT, RunFolder
-from reports.verdict import extrapolated_in_words, held_out_mape
 
 
 def prediction(run: RunFolder) -> Section:
@@ -154,7 +154,7 @@ def _end_to_end(run: RunFolder) -> tuple[list[Picture], list[Table]]:
                 Cell(
                     f"{significant(predicted)} ms",
                     predicted,
-                    None,
+                    one.predicted_reason,
                     ends(one.predicted_interval) if one.predicted_interval else "no interval",
                 )
                 if predicted
@@ -164,7 +164,7 @@ def _end_to_end(run: RunFolder) -> tuple[list[Picture], list[Table]]:
         )
     table = Table(
         f"End to end at batch {run.results.deploy_batch}: measured and predicted",
-        ("variant", "measured", "predicted, sum of the layers", "error"),
+        ("variant", "measured", "predicted", "error"),
         tuple(rows),
     )
     frame = pd.DataFrame(
@@ -191,9 +191,8 @@ def _end_to_end(run: RunFolder) -> tuple[list[Picture], list[Table]]:
         model_plots.measured_predicted,
         frame,
         "Measured and predicted end-to-end latency of each variant; figures in the table.",
-        "Filled: measured end to end. Hollow: predicted, the sum over the layers from the latency "
-        "table. What lies between them is what the table does not know of: everything around the "
-        "layers.",
+        "Filled: measured end to end. Hollow: predicted from the latency table, of the whole model "
+        "where the table knows of such, else of the converted layers alone: the table says which.",
         {"axis": "latency, ms a batch"},
     )
     return [picture], [table]

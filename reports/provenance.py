@@ -5,7 +5,7 @@ from __future__ import annotations
 from profiler.device import DeviceInfo
 from reports.formats import Cell, bytes_text, missing
 from reports.html import Section, Table
-from reports.run_folder import FINETUNE, FIT, SWEEP, RunFolder
+from reports.run_folder import ADVISE, FINETUNE, FIT, SWEEP, RunFolder
 
 _DEVICE_FIELDS = (
     "kind",
@@ -32,7 +32,7 @@ def _devices(run: RunFolder) -> dict[str, DeviceInfo]:
     """Every device of the run by its fingerprint, the verdict's first."""
     devices = [run.device] if run.device else []
     devices += [row.device for row in run.rows or ()]
-    devices += [part.device for part in (run.table, run.fit) if part]
+    devices += [part.device for part in (run.table, run.fit, *run.beside) if part and part.device]
     return {device.fingerprint: device for device in reversed(devices)} if devices else {}
 
 
@@ -99,6 +99,16 @@ def machine(run: RunFolder) -> Section:
                 note + run.results.latency_table_sha256,
             )
         )
+    for name, part in (
+        ("ablation.json", run.ablation),
+        ("versus_torch.json", run.versus_torch),
+        ("scaling.json", run.scaling),
+    ):
+        if part:
+            files.append((name, part.command, part.created_at, ""))
+    if run.advice:
+        told = f"{run.advice.model}, table SHA-256 {run.advice.table_sha256 or 'none'}"
+        files.append(("advice.json", ADVISE, missing("not noted"), told))
     made = Table(
         "Files and the commands that made them",
         ("file", "command", "when", "what"),
@@ -118,8 +128,9 @@ def machine(run: RunFolder) -> Section:
 def _warnings(run: RunFolder) -> list[str]:
     found = []
     if run.results and run.rows is not None:
-        measured = {row.device.fingerprint for row in run.rows}
-        if run.results.device.fingerprint not in measured:
+        # reparam.finetune writes rows of whole models, of its own device, into the same store.
+        measured = {row.device.fingerprint for row in run.rows if row.kind == "primitive"}
+        if measured and run.results.device.fingerprint not in measured:
             found.append(
                 "Take care: results.json is from another device than measurements.sqlite; the "
                 "verdict on the model and the figures of the kernels do not belong together."

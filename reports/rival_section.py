@@ -42,15 +42,29 @@ def least_speedup(one: Comparison) -> str | None:
     return min(one.speedup, key=lambda name: one.speedup[name].value, default=None)
 
 
+def absent_of_torch(one: Comparison) -> dict[str, str]:
+    """PyTorch's ways without a figure, and why: any of them might have been its fastest."""
+    return {
+        way.name: way.reason or "no reason given"
+        for way in one.contestants
+        if way.latency_ms is None and not way.ours and not way.other_runtime
+    }
+
+
 def rival_sentence(one: Comparison) -> str:
     """What the slowest of ours is against PyTorch's best."""
     least = least_speedup(one)
     if least is None:
         return f"{_name(one)}: no ratio, since one side has no figure."
     ratio = one.speedup[least]
+    absent = absent_of_torch(one)
+    which = "PyTorch's fastest here"
+    if absent:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+        which = f"the fastest of PyTorch's ways that ran (not measured: {reasons})"
     return (
         f"{_name(one)}: {least} is {significant(ratio.value)}× as fast as {one.best_torch}, "
-        f"PyTorch's fastest here; 95 % interval {ends(ratio)}."
+        f"{which}; 95 % interval {ends(ratio)}."
     )
 
 

@@ -124,6 +124,11 @@ class RunFolder:
         return f"{name} is missing. This makes it: {command}"
 
     @property
+    def beside(self) -> tuple[AblationResults | VersusTorch | Scaling | Advice | None, ...]:
+        """What a run is whole without."""
+        return (self.versus_torch, self.ablation, self.scaling, self.advice)
+
+    @property
     def device(self) -> DeviceInfo | None:
         """Who the verdict is about: the device of the results, else of most measurements."""
         if self.results:
@@ -134,7 +139,7 @@ class RunFolder:
             for device in devices:
                 counts[device.fingerprint] = counts.get(device.fingerprint, 0) + 1
             return max(devices, key=lambda device: counts[device.fingerprint])
-        return self.fit.device if self.fit else None
+        return next((part.device for part in (self.fit, *self.beside) if part), None)
 
 
 def _read(path: Path, load: Callable[[Path], Content]) -> Content | None:
@@ -187,7 +192,6 @@ def load_run(path: Path) -> RunFolder:
         versus_torch=_read(path / "versus_torch.json", VersusTorch.load),
         scaling=_read(path / "scaling.json", Scaling.load),
     )
-    beside = (run.ablation, run.advice, run.versus_torch, run.scaling)
-    if len(run.missing) == len(run.commands) and not any(beside):
+    if len(run.missing) == len(run.commands) and not any(run.beside):
         raise BadInput(f"--run {path}: holds none of {', '.join(run.commands)}")
     return run

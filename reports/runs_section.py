@@ -9,8 +9,9 @@ from profiler.command_line import BadInput
 from profiler.compare import Comparison, compare
 from reports.formats import Cell, missing, number_cell, percent_cell
 from reports.html import Section, Table
+from reports.key_figures import key_figures
 from reports.run_folder import RunFolder, rows_with_bursts
-from reports.verdict import decide, key_figures
+from reports.verdict import decide
 
 COMPARE = "python -m profiler.compare"
 
@@ -18,10 +19,11 @@ COMPARE = "python -m profiler.compare"
 def runs(folders: Sequence[RunFolder]) -> Section:
     """The key figures of each run, and each later run's kernels against the first's."""
     first, *others = folders
+    names = _names(folders)
     lead: list[str] = []
-    tables = [_key_figures(folders)]
-    for other in others:
-        name = f"{other.path.name} against {first.path.name}"
+    tables = [_key_figures(folders, names)]
+    for other, own_name in zip(others, names[1:]):
+        name = f"{own_name} against {names[0]}"
         if not first.rows or not other.rows:
             lead.append(f"{name}: not compared, a run has no measurements.sqlite.")
             continue
@@ -46,20 +48,25 @@ def runs(folders: Sequence[RunFolder]) -> Section:
     return Section("runs", "Side by side", tuple(lead), (), tuple(tables), (command,))
 
 
-def _key_figures(folders: Sequence[RunFolder]) -> Table:
+def _names(folders: Sequence[RunFolder]) -> list[str]:
+    """Names of the folders, or their paths where two have one name."""
+    names = [run.path.resolve().name for run in folders]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in folders]
+
+
+def _key_figures(folders: Sequence[RunFolder], names: Sequence[str]) -> Table:
     columns = [key_figures(run) for run in folders]
     rows: list[tuple[str | Cell, ...]] = [
         ("verdict", *(decide(run).status for run in folders)),
         ("device", *(run.device.label if run.device else "unknown" for run in folders)),
     ]
     rows += [
-        # A label may name the batch of one run: the first run's stands for the row.
         (cards[0].label, *(Cell(card.figure, None, card.detail) for card in cards))
         for cards in zip(*columns)
     ]
     return Table(
         "Key figures of each run",
-        ("figure", *(run.path.name for run in folders)),
+        ("figure", *names),
         tuple(rows),
         is_open=True,
     )

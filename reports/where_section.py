@@ -14,11 +14,10 @@ from cost_models.latency_table import LatencyTable, TableError
 from kernels.forms import FORMS
 from kernels.workload import linear
 from reports import map_plots
-from reports.comparisons import Comparison, form_of, latency, speedups
-from reports.formats import significant
+from reports.comparisons import Comparison, form_of, latency, main_setting, speedups
+from reports.formats import short_label, significant
 from reports.html import MAX_MARKS, Picture, Section
 from reports.run_folder import FIT, SWEEP, RunFolder
-from reports.verdict import main_setting, short_label
 
 # A map names its products; with more of them it would be a list, not a picture.
 MAX_PRODUCTS_DRAWN = 24
@@ -33,7 +32,7 @@ def where(run: RunFolder) -> Section:
     title = "By shape, tokens and width"
     if run.rows is None:
         return Section("where", title, missing=run.absence("measurements.sqlite"))
-    group = main_setting(run)
+    group = main_setting(run.rows or (), run.device)
     if not group:
         return Section(
             "where", title, ("No product was measured on this device.",), (), (), (SWEEP,)

@@ -7,7 +7,7 @@ import pytest
 from kernels.workload import linear
 from profiler.command_line import run
 from profiler.device import DeviceInfo
-from profiler.export import TIMM_COLUMNS, app
+from profiler.export import TIMM_COLUMNS, app, timm_rows
 from profiler.store import Measurement, create_store
 
 DEVICE = DeviceInfo(kind="cpu", name="Synthetic CPU", threads=1)
@@ -82,6 +82,22 @@ def test_models_have_timms_columns_the_fastest_first(command, tmp_path):
     assert list(original) == list(TIMM_COLUMNS)
     assert list(original.values()) == ["pvt_v2_b0", "400.0", "80.0", "32", "224", "3.67"]
     assert list(fastest.values()) == ["pvt_v2_b0.shift", "800.0", "40.0", "32", "", ""]
+
+
+def test_an_original_and_a_deployed_model_of_one_evaluation_are_told_apart():
+    rows = [
+        Measurement(
+            kind="model",
+            subject="pvt_v2_b0, batch 1",
+            device=DEVICE,
+            lowering=lowering,
+            latency_ms=ms,
+            energy_reason="none",
+            details={"model": "pvt_v2_b0", "batch": 1},
+        )
+        for lowering, ms in (("torch", 40.0), ("deployed", 10.0))
+    ]
+    assert list(timm_rows(rows)["model"]) == ["pvt_v2_b0.deployed", "pvt_v2_b0"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from kernels.workload import linear
 from profiler.command_line import BadInput
+from profiler.store import Measurement
 from reports.build import app, build
 from reports.comparisons import compare, median_own_mult
 from reports.formats import significant
@@ -205,7 +206,7 @@ def test_routing_and_agreement_figures(page):
     header, *rows = page.table("Tokens and latency")
     assert len(rows) == 2 * 6 * 2
     last = dict(zip(header, rows[-1]))
-    assert last["share of tokens"] == "49.0 %" and last["optimum of the loss"] == "52.0 %"
+    assert last["share of tokens"] == "49.0 %" and last["share of equal time"] == "52.0 %"
     assert last["latency of all tokens, ms"] == "0.0751"
     assert last["source of the latency"] == "predicted"
     assert {0} == {n for n in range(9) if any(f"examples-{n}" in name for name in page.ids)}
@@ -330,9 +331,20 @@ def test_a_broken_row_names_the_store(folder, tmp_path):
 
 def test_another_device_is_pointed_out(folder, tmp_path):
     other = DEVICE.model_copy(update={"threads": 1})
-    write_run(tmp_path, found=results().model_copy(update={"device": other}))
-    out, _ = build(tmp_path)
+    found = results().model_copy(update={"device": other})
+    # Fine-tuning puts rows of its own into the same store.
+    whole = Measurement(
+        kind="model",
+        subject="moe",
+        device=other,
+        lowering="deployed",
+        energy_reason="none",
+        latency_ms=5.2,
+    )
+    write_run(tmp_path, [*measurements(), whole], found=found)
+    out, page = build(tmp_path)
     assert "is from another device" in Reader(out.read_text()).text["machine"]
+    assert page.cards[4].detail.endswith("not both measured on this device")
     assert "another latency table" in Reader(out.read_text()).text["machine"]
 
 

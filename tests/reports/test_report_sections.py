@@ -100,6 +100,19 @@ def test_growth_needs_three_lengths_and_takes_our_fastest(tmp_path):
     assert not few.pictures and "three sequence lengths" in few.lead[0]
 
 
+def test_two_cards_of_one_name_are_two_series():
+    cards = [DEVICE.model_copy(update={"kind": "cuda", "name": "H0", "uuid": u}) for u in "ab"]
+    rows = [
+        primitive_row(attention(8, tokens, 16, 32).kv, "add.tables", ms * tokens, device=card)
+        for card, ms in zip(cards, (1e-3, 2e-3))
+        for tokens in (256, 512, 1024)
+    ]
+    found = growth_section.series_of(rows)
+    assert len(found) == 2 and all(", H0" in name for name in found)
+    assert sorted(points[0].latency_ms for points in found.values()) == [0.256, 0.512]
+    assert {point.series for points in found.values() for point in points} == set(found)
+
+
 def test_layers_are_measured_against_the_sum_of_their_kernels(tmp_path):
     details = {
         "layer": "blocks.0.mlp",
@@ -174,6 +187,10 @@ def test_runs_stand_side_by_side_with_verdicts(tmp_path):
     a, b = _run(tmp_path / "a", first), _run(tmp_path / "<i>b", slow)
     section = compose(a, (b,)).parts[0].sections[0]
     assert section.anchor == "runs" and " SLOWER" in section.lead[0]
+    assert section.tables[0].columns == ("figure", "a", "<i>b")
+    same_name = _run(tmp_path / "c" / "a", first)
+    columns = compose(a, (same_name,)).parts[0].sections[0].tables[0].columns
+    assert columns == ("figure", str(a.path), str(same_name.path))
     verdicts = section.tables[1].rows
     assert verdicts[0][-1].text == "SLOWER" and verdicts[0][5].value == pytest.approx(2, rel=0.05)
     assert [row[0] for row in section.tables[0].rows][:2] == ["verdict", "device"]

@@ -1,10 +1,14 @@
 from pathlib import Path
 
 import pytest
-from synthetic_run import fit_result, interval, measurements, results
+from synthetic_run import fit_result, interval, measurements, primitive_row, results
 
+from kernels.workload import linear
+from reports.fit_errors import held_out_mape
+from reports.key_figures import key_figures
 from reports.run_folder import RunFolder
-from reports.verdict import decide, held_out_mape, key_figures, shift_share
+from reports.verdict import decide
+from reports.whole_models import shift_share
 
 
 def run_of(rows=None, fit=None, found=None) -> RunFolder:
@@ -104,6 +108,58 @@ def test_kernels_pay_as_a_whole_only_where_every_product_does():
     rows = [row for row in measurements() if row.workload]
     verdict = decide(run_of(rows))
     assert verdict.status == "mixed" and "add in 6 of 6 attention products" in verdict.headline
+
+
+def test_one_loss_among_undecided_products_is_no_verdict_on_all():
+    rows = []
+    for index, m in enumerate((16, 32, 64, 128)):
+        ours = 1.2 if index == 0 else 1.01
+        rows.append(primitive_row(linear("mult_fp32", m, 64, 64), "torch.fp32", 1.0, True))
+        rows.append(primitive_row(linear("shift_int8", m, 64, 64), "shift.dot", ours))
+    verdict = decide(run_of(rows))
+    assert verdict.status == "undecided"
+    assert verdict.headline.startswith("It is not shown to pay here")
+    assert "loses in 1, undecided in 3" in verdict.headline
+
+
+def test_below_the_noise_floor_nothing_is_won_without_common_rounds_either():
+    def decided(floor):
+        rows = [
+            primitive_row(linear(form, 64, 64, 64), lowering, ms, is_baseline, 0.001, **noise)
+            for form, lowering, ms, is_baseline in (
+                ("mult_fp32", "torch.fp32", 2.0, True),
+                ("mult_bf16", "mult.pairs", 1.02, False),
+                ("shift_int8", "shift.dot", 1.0, False),
+            )
+            for noise in [{"noise_floor": floor}]
+        ]
+        return decide(run_of(rows)).status
+
+    assert decided(0.001) == "pays" and decided(0.09) == "undecided"
+
+
+def test_a_win_over_one_form_of_the_original_is_none_while_another_has_no_figure():
+    found = results({"moe": 1.5})
+    reason = "torch.compile needs g++"
+    compiled = found.variants[0].model_copy(
+        update={
+            "name": "original_compiled",
+            "title": "original, torch.compile",
+            "latency_ms": None,
+            "latency_reason": reason,
+        }
+    )
+    variants = [found.variants[0], compiled, *found.variants[1:]]
+    run = run_of(found=found.model_copy(update={"variants": variants}))
+    verdict = decide(run)
+    assert verdict.status == "undecided" and verdict.headline.startswith("Not decided here")
+    assert f"(original, torch.compile: {reason})" in verdict.headline
+    assert "original, torch.compile was not measured" in key_figures(run)[1].detail
+    slower = results({"moe": 5.0})
+    variants = [slower.variants[0], compiled, *slower.variants[1:]]
+    assert decide(run_of(found=slower.model_copy(update={"variants": variants}))).status == (
+        "does not pay"
+    )
 
 
 def test_the_verdict_is_against_the_fastest_form_of_the_original():
