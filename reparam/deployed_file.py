@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from profiler.whole_file import whole_file, write_whole
-from reparam.add_attention import AddAttention
 from reparam.deploy import fuse_and_prepare_
 from reparam.deployed import (
     DeployedAddAttention,
@@ -108,12 +107,12 @@ def load_deployed(path: str | Path) -> nn.Module:
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Deployed modules that lie in no other."""
+    """Modules of this package that lie in no other: what timm's constructor does not make."""
     for name, child in model.named_children():
         fqn = f"{prefix}{name}"
         if isinstance(child, DeployedLayerNorm):
             continue  # fusing makes it again
-        if type(child).__name__.startswith("Deployed") or isinstance(child, AddAttention):
+        if type(child).__module__.startswith(f"{__package__}."):
             yield fqn, child
         else:
             yield from _outermost(child, f"{fqn}.")

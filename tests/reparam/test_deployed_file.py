@@ -48,6 +48,26 @@ def test_a_model_of_which_little_was_converted_computes_the_same(config, tmp_pat
         assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
 
 
+@pytest.mark.parametrize(
+    "config, changes, named",
+    [
+        ({"attention": "quadratic"}, {}, "blocks.0.attn: a CodedAttention"),
+        ({"mlp": "moe"}, {"act_layer": "silu"}, "blocks.0.mlp: a MoEMlp"),
+        ({"mlp": "shift_int8", "activation_clip": "calibrated"}, {}, "mlp.fc1.clip: a Clip"),
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_cannot_be_described_is_refused_and_nothing_written(
+    config, changes, named, fuse, tmp_path
+):
+    model = timm.create_model(**CREATE, **changes).eval()
+    reparameterize_(model, ReparamConfig(**config))
+    deployed = deploy(model, fuse)
+    with pytest.raises(DeployedFileError, match=named):
+        save_deployed(deployed, tmp_path / "model.json", CREATE | changes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_loads_in_a_fresh_process(saved, tmp_path):
     path, x, expected = saved
     torch.save(x, tmp_path / "x.pt")
