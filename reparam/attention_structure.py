@@ -80,16 +80,22 @@ class ModelTrace:
 
     Attributes:
         attentions: By qualified name.
-        called: Names of the modules that ran. The weight of a linear that is not among them was
-            used without it.
+        called: Shape of the first input of each module that ran, by qualified name; empty if it is
+            no tensor. The weight of a linear that is not among them was used without it.
         unpaired: Names of modules with a softmax over no product: attentions of another kind.
         products: All linears and all products of activations, each as often as it was computed.
     """
 
     attentions: dict[str, AttentionTrace]
-    called: frozenset[str]
+    called: dict[str, tuple[int, ...]]
     unpaired: tuple[str, ...]
     products: tuple[Product, ...]
+
+    def same_as_for(self, others: ModelTrace) -> frozenset[str]:
+        """Names of the modules whose input has the shape that it has for more or fewer images."""
+        return frozenset(
+            fqn for fqn, shape in self.called.items() if shape and others.called.get(fqn) == shape
+        )
 
 
 def is_product(function: Any, operands: tuple[Any, ...]) -> bool:
@@ -162,7 +168,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelTrace:
         with watch:
             model(example)
     unpaired = tuple(dict.fromkeys(n for n in watch.unpaired if n not in watch.found))
-    return ModelTrace(watch.found, frozenset(watch.called), unpaired, tuple(watch.computed))
+    return ModelTrace(watch.found, watch.called, unpaired, tuple(watch.computed))
 
 
 @dataclass
@@ -190,7 +196,7 @@ class _Watch(TorchFunctionMode):
     """Notes attentions while a model runs."""
 
     found: dict[str, AttentionTrace] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
+    called: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unpaired: list[str] = field(default_factory=list)
     running: list[_Call] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
@@ -202,7 +208,8 @@ class _Watch(TorchFunctionMode):
     def enter(self, fqn: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.running.append(_Call(fqn, args, kwargs))
-            self.called.add(fqn)
+            first = args[0] if args else None
+            self.called[fqn] = tuple(first.shape) if isinstance(first, Tensor) else ()
 
         return hook
 

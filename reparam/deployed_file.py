@@ -35,6 +35,7 @@ from reparam.deployed_mlps import (
     DeployedMoE,
 )
 from reparam.kept_memory import keep_freed_memory
+from reparam.model_structure import replace_
 
 # What only fusing makes.
 _FUSED = (torch.fx.GraphModule, DeployedLayerNorm)
@@ -93,7 +94,7 @@ def load_deployed(path: str | Path) -> nn.Module:
     try:
         model = timm.create_model(**{**content["create"], "pretrained": False}).eval()
         for fqn, spec in content["modules"].items():
-            model.set_submodule(fqn, _made(spec))
+            replace_(model, fqn, _made(spec))
         if content["fused"]:
             fuse_and_prepare_(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
