@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from profiler.whole_file import whole_file, write_whole
+from reparam.attention_structure import open_
 from reparam.deploy import fuse_and_prepare_
 from reparam.deployed import (
     DeployedAddAttention,
@@ -95,6 +96,7 @@ def load_deployed(path: str | Path) -> nn.Module:
         model = timm.create_model(**{**content["create"], "pretrained": False}).eval()
         for fqn, spec in content["modules"].items():
             replace_(model, fqn, _made(spec))
+            open_(model.get_submodule(fqn.rpartition(".")[0]))
         if content["fused"]:
             fuse_and_prepare_(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -48,6 +48,17 @@ def test_a_model_of_which_little_was_converted_computes_the_same(config, tmp_pat
         assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
 
 
+def test_a_linear_whose_bias_is_held_apart_is_called_again(tmp_path):
+    sizes = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 1, "num_classes": 5}
+    create = {"model_name": "beit_base_patch16_224", **sizes}
+    model = timm.create_model(**create).eval()
+    reparameterize_(model, ReparamConfig(attention_linears="shift_int8"))
+    deployed, x = deploy(model), torch.randn(2, 3, 32, 32)
+    save_deployed(deployed, tmp_path / "model.json", create)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
+
+
 @pytest.mark.parametrize(
     "config, changes, named",
     [
