@@ -118,7 +118,8 @@ def open_(module: nn.Module) -> None:
 
 
 @contextmanager
-def _opened(model: nn.Module) -> Iterator[None]:
+def opened(model: nn.Module) -> Iterator[None]:
+    """All modules ``open_`` for a while; they go back to what they were."""
     before = [
         (part, name, getattr(part, name))
         for part in model.modules()
@@ -158,7 +159,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelTrace:
     """
     watch = _Watch()
     with ExitStack() as stack:
-        stack.enter_context(_opened(model))
+        stack.enter_context(opened(model))
         stack.enter_context(evaluating(model))
         for fqn, part in model.named_modules():
             watch_module = watch.enter(fqn)

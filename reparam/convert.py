@@ -28,7 +28,7 @@ from reparam.model_structure import (
 from reparam.moe import MoEMlp
 from reparam.quadratic_attention import QuadraticCore
 from reparam.shift import ShiftLinear
-from reparam.where_it_pays import advice_for, why_not
+from reparam.where_it_pays import advice_for, parts_of, why_not
 
 __all__ = [
     "Conversion",
@@ -39,6 +39,7 @@ __all__ = [
     "ReparamConfig",
     "ShiftForm",
     "reparameterize_",
+    "reparameterize_by_parts_",
 ]
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -108,11 +109,17 @@ def reparameterize_(
     watched = _watch(model, images)
     others = _watch(model, torch.cat((images[:1],) * (3 if len(images) == 2 else 2)))
     protected = protected_parts(model, watched.same_as_for(others))
-    advice = advice_for(model, config, images) if config.where == "pays" else None
-    plan = _Plan(config, filter_fn or (lambda module, fqn: True), watched, protected, advice)
+    skipped: dict[str, str] = {}
+    found = list(candidates(model, watched.attentions, protected, skipped))
+    advice = None
+    if config.where == "pays":
+        parts = parts_of(found, watched.attentions, protected)
+        advice = advice_for(model, config, images, parts)
+    allows = filter_fn or (lambda module, fqn: True)
+    plan = _Plan(config, allows, watched, protected, advice, skipped=skipped)
     if example is not None and any(layer.attention != "keep" for layer in asked):
         plan.arguments = captured_arguments(model, example, watched.attentions)
-    for fqn, module in candidates(model, watched.attentions, protected, plan.skipped):
+    for fqn, module in found:
         if is_attention(fqn, module, watched.attentions):
             plan.attention_linears(fqn, plan.attention(fqn, module))
         else:
@@ -123,6 +130,34 @@ def reparameterize_(
     for fqn in plan.opened:
         open_(model.get_submodule(fqn))
     return Conversion(plan.converted, plan.skipped, plan.calibration, advice)
+
+
+def reparameterize_by_parts_(
+    model: nn.Module, *configs: ReparamConfig
+) -> tuple[dict[str, str], list[str]]:
+    """Converts by one configuration after the other, where a model may have nothing for some.
+
+    Args:
+        model: A timm model.
+        configs: In order.
+
+    Returns:
+        What each replaced module became, by qualified name, and why each configuration that had no
+        effect had none.
+
+    Raises:
+        ConversionError: If none had an effect; says what the first of them does.
+    """
+    converted: dict[str, str] = {}
+    failed: list[ConversionError] = []
+    for config in configs:
+        try:
+            converted |= reparameterize_(model, config).converted
+        except ConversionError as error:
+            failed.append(error)
+    if not converted and failed:
+        raise failed[0]
+    return converted, [str(error) for error in failed]
 
 
 def _watch(model: nn.Module, example: Tensor) -> ModelTrace:
