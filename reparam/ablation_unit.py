@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cost_models.latency_table import LatencyTable
-from cost_models.operation_energy import operation_energy
 from profiler.command_line import BadInput, output_folder
 from profiler.device import cpu_info
 from profiler.samples import TimingSettings
@@ -28,7 +27,6 @@ from reparam.ablation_variants import (
 from reparam.accuracy import dispatch_shares, predict
 from reparam.convert import reparameterize_
 from reparam.deploy import deploy, stored_bytes
-from reparam.linear_attention import linear_workloads
 from reparam.model_cost import measure_energies, measure_latencies
 from reparam.model_energy import COVERS, modelled_energy_mj
 from reparam.outcome import Candidate
@@ -227,10 +225,7 @@ def _evaluated(
     timing = timings[unit.variant]
     energy = measure_energies({unit.variant: timed}, run.example, cpu_info(study.recipe.threads))
     reading = energy[unit.variant]
-    modelled_mj = modelled_energy_mj(candidate.model, run.example) + sum(
-        operation_energy(workload).with_memory_mj
-        for workload in linear_workloads(candidate.model, run.example)
-    )
+    modelled_mj = modelled_energy_mj(candidate.model, run.example)
     variant, objective = VARIANTS.get(unit.variant), candidate.objective
     expected_ms = None
     if objective is not None and objective.curves is not None:

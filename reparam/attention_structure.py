@@ -58,24 +58,51 @@ class AttentionTrace:
 
 
 @dataclass(frozen=True)
+class Product:
+    """One matrix product of a forward pass.
+
+    Attributes:
+        fqn: Qualified name of the innermost module that ran.
+        left: Shape of the activations, ``(..., m, k)``.
+        right: Shape of what they are multiplied by, ``(..., k, n)``.
+        is_linear: Whether that is the weight of a linear, and not activations.
+    """
+
+    fqn: str
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    is_linear: bool = False
+
+
+@dataclass(frozen=True)
 class ModelTrace:
     """What a model did in a forward pass.
 
     Attributes:
         attentions: By qualified name.
-        called: Names of the modules that ran. The weight of a linear that is not among them was
-            used without it.
+        called: Shape of the first input of each module that ran, by qualified name; empty if it is
+            no tensor. The weight of a linear that is not among them was used without it.
         unpaired: Names of modules with a softmax over no product: attentions of another kind.
+        products: All linears and all products of activations, each as often as it was computed.
     """
 
     attentions: dict[str, AttentionTrace]
-    called: frozenset[str]
+    called: dict[str, tuple[int, ...]]
     unpaired: tuple[str, ...]
+    products: tuple[Product, ...]
+
+    def same_as_for(self, others: ModelTrace) -> frozenset[str]:
+        """Names of the modules whose input has the shape that it has for more or fewer images."""
+        return frozenset(
+            fqn for fqn, shape in self.called.items() if shape and others.called.get(fqn) == shape
+        )
 
 
 def is_product(function: Any, operands: tuple[Any, ...]) -> bool:
     """Whether a call of torch multiplies two matrices of activations."""
-    return function in _PRODUCTS and not any(isinstance(x, nn.Parameter) for x in operands)
+    return function in _PRODUCTS and not any(
+        isinstance(x, nn.Parameter) or x.dim() < 2 for x in operands[:2]
+    )
 
 
 # Switches of timm's attentions that change how, not what they compute: to the fused product, and
@@ -91,7 +118,8 @@ def open_(module: nn.Module) -> None:
 
 
 @contextmanager
-def _opened(model: nn.Module) -> Iterator[None]:
+def opened(model: nn.Module) -> Iterator[None]:
+    """All modules ``open_`` for a while; they go back to what they were."""
     before = [
         (part, name, getattr(part, name))
         for part in model.modules()
@@ -131,7 +159,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelTrace:
     """
     watch = _Watch()
     with ExitStack() as stack:
-        stack.enter_context(_opened(model))
+        stack.enter_context(opened(model))
         stack.enter_context(evaluating(model))
         for fqn, part in model.named_modules():
             watch_module = watch.enter(fqn)
@@ -141,7 +169,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelTrace:
         with watch:
             model(example)
     unpaired = tuple(dict.fromkeys(n for n in watch.unpaired if n not in watch.found))
-    return ModelTrace(watch.found, frozenset(watch.called), unpaired)
+    return ModelTrace(watch.found, watch.called, unpaired, tuple(watch.computed))
 
 
 @dataclass
@@ -169,10 +197,11 @@ class _Watch(TorchFunctionMode):
     """Notes attentions while a model runs."""
 
     found: dict[str, AttentionTrace] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
+    called: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unpaired: list[str] = field(default_factory=list)
     running: list[_Call] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
+    computed: list[Product] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -180,7 +209,8 @@ class _Watch(TorchFunctionMode):
     def enter(self, fqn: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.running.append(_Call(fqn, args, kwargs))
-            self.called.add(fqn)
+            first = args[0] if args else None
+            self.called[fqn] = tuple(first.shape) if isinstance(first, Tensor) else ()
 
         return hook
 
@@ -201,11 +231,13 @@ class _Watch(TorchFunctionMode):
             return out
         if func is FUSED:
             self._fused(*args, **kwargs)
+        elif func is F.linear:
+            self._linear(*args, **kwargs)
         elif is_product(func, args):
             call = self.running[-1]
-            self.products.append(
-                _Product(call, call.products, tuple(args[0].shape), tuple(args[1].shape))
-            )
+            left, right = tuple(args[0].shape), tuple(args[1].shape)
+            self.products.append(_Product(call, call.products, left, right))
+            self.computed.append(Product(call.fqn, left, right))
             for outer in self.running:
                 outer.products += 1
         elif func in _SOFTMAXES:
@@ -217,7 +249,16 @@ class _Watch(TorchFunctionMode):
         causal = named.get("is_causal", rest[2] if len(rest) > 2 else False)
         call = self.running[-1]
         masked = mask is not None or bool(causal)
-        self._note(call, AttentionTrace(True, (), tuple(query.shape), tuple(key.shape), masked))
+        queries, keys = tuple(query.shape), tuple(key.shape)
+        self._note(call, AttentionTrace(True, (), queries, keys, masked))
+        scores = (*queries[:-1], keys[-2])
+        self.computed.append(Product(call.fqn, queries, (*keys[:-2], keys[-1], keys[-2])))
+        self.computed.append(Product(call.fqn, scores, tuple(value.shape)))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        n, k = weight.shape
+        fqn = self.running[-1].fqn
+        self.computed.append(Product(fqn, tuple(input.shape), (k, n), is_linear=True))
 
     def _softmax(self, scores: Tensor, dim: int) -> None:
         if dim not in (-1, scores.dim() - 1):

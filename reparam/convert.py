@@ -6,28 +6,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cost_models.advice_result import Advice
 from profiler.command_line import one_line
-from reparam.add_attention import (
-    AddAttention,
-    LinearCore,
-    dropped_parts,
-    is_softmax_attention,
-    refusal,
-)
+from reparam.add_attention import AddAttention
 from reparam.attention_fit import Arguments, Calibration, calibrate_, captured_arguments
-from reparam.attention_structure import AttentionTrace, ModelTrace, example_input, open_, trace
-from reparam.coded_attention import CodedAttention, with_core
+from reparam.attention_forms import linear_form, quadratic_form
+from reparam.attention_structure import ModelTrace, example_input, open_, trace
+from reparam.coded_attention import CodedAttention
 from reparam.conversion_rules import LayerConfig, LayerRule, ReparamConfig, ShiftForm
-from reparam.kernelised_hashing import KernelisedHash
 from reparam.linear_forms import linear_in_form
-from reparam.model_structure import candidates, is_attention, linear_parts
+from reparam.model_structure import (
+    candidates,
+    is_attention,
+    linear_parts,
+    protected_parts,
+    replace_,
+)
 from reparam.moe import MoEMlp
 from reparam.quadratic_attention import QuadraticCore
 from reparam.shift import ShiftLinear
-from reparam.where_it_pays import advice_for, why_not
+from reparam.where_it_pays import advice_for, parts_of, why_not
 
 __all__ = [
     "Conversion",
@@ -38,6 +39,7 @@ __all__ = [
     "ReparamConfig",
     "ShiftForm",
     "reparameterize_",
+    "reparameterize_by_parts_",
 ]
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -55,7 +57,7 @@ class Conversion:
     """What ``reparameterize_`` did.
 
     Attributes:
-        converted: What each replaced module became, by qualified name.
+        converted: What each replaced module became, by qualified name, the first if it has several.
         skipped: Why each candidate that stayed did, by qualified name.
         calibration: Error of each converted attention against the original on the example, by
             qualified name; empty without an example.
@@ -78,7 +80,8 @@ def reparameterize_(
 
     Attentions are found by what they compute in one forward pass
     (``attention_structure.trace``), MLPs by their linears (``model_structure``), neither by class
-    names. The classifier head and the patch embedding are never touched, nor is a router. In an
+    names. The classifier head and the patch embedding are never touched, nor is a router, nor what
+    makes position biases of coordinates: its rows are as many for any number of images. In an
     MLP with a convolution between its linears each linear becomes an MoE of its own. A second
     call goes on from what the first one made; what already is as asked is skipped.
 
@@ -104,21 +107,57 @@ def reparameterize_(
         raise ConversionError(f"{type(model).__name__} has no get_classifier: not a timm model")
     images = example_input(model) if example is None else example
     watched = _watch(model, images)
-    advice = advice_for(model, config, images) if config.where == "pays" else None
-    plan = _Plan(config, filter_fn or (lambda module, fqn: True), watched, advice)
+    others = _watch(model, torch.cat((images[:1],) * (3 if len(images) == 2 else 2)))
+    protected = protected_parts(model, watched.same_as_for(others))
+    skipped: dict[str, str] = {}
+    found = list(candidates(model, watched.attentions, protected, skipped))
+    advice = None
+    if config.where == "pays":
+        parts = parts_of(found, watched.attentions, protected)
+        advice = advice_for(model, config, images, parts)
+    allows = filter_fn or (lambda module, fqn: True)
+    plan = _Plan(config, allows, watched, protected, advice, skipped=skipped)
     if example is not None and any(layer.attention != "keep" for layer in asked):
         plan.arguments = captured_arguments(model, example, watched.attentions)
-    for fqn, module in candidates(model, watched.attentions, plan.skipped):
+    for fqn, module in found:
         if is_attention(fqn, module, watched.attentions):
             plan.attention_linears(fqn, plan.attention(fqn, module))
         else:
             plan.mlp(fqn, module)
     plan.finish(type(model).__name__)
     for fqn, replacement in plan.replacements.items():
-        model.set_submodule(fqn, replacement)
+        replace_(model, fqn, replacement)
     for fqn in plan.opened:
         open_(model.get_submodule(fqn))
     return Conversion(plan.converted, plan.skipped, plan.calibration, advice)
+
+
+def reparameterize_by_parts_(
+    model: nn.Module, *configs: ReparamConfig
+) -> tuple[dict[str, str], list[str]]:
+    """Converts by one configuration after the other, where a model may have nothing for some.
+
+    Args:
+        model: A timm model.
+        configs: In order.
+
+    Returns:
+        What each replaced module became, by qualified name, and why each configuration that had no
+        effect had none.
+
+    Raises:
+        ConversionError: If none had an effect; says what the first of them does.
+    """
+    converted: dict[str, str] = {}
+    failed: list[ConversionError] = []
+    for config in configs:
+        try:
+            converted |= reparameterize_(model, config).converted
+        except ConversionError as error:
+            failed.append(error)
+    if not converted and failed:
+        raise failed[0]
+    return converted, [str(error) for error in failed]
 
 
 def _watch(model: nn.Module, example: Tensor) -> ModelTrace:
@@ -139,6 +178,7 @@ class _Plan:
     config: ReparamConfig
     allows: FilterFn
     watched: ModelTrace
+    protected: dict[int, str]
     advice: Advice | None = None
     arguments: dict[str, Arguments] = field(default_factory=dict)
     replacements: dict[str, nn.Module] = field(default_factory=dict)
@@ -184,7 +224,7 @@ class _Plan:
             self.skipped[fqn] = refused
             return module
         traced = self.watched.attentions[fqn]
-        form = _quadratic if options.attention == "quadratic" else _linear
+        form = quadratic_form if options.attention == "quadratic" else linear_form
         new, what = form(module, traced, options)
         if new is None:
             self.skipped[fqn] = what
@@ -256,6 +296,8 @@ class _Plan:
         variant = options.shift_variant
         if getattr(linear, "form", None) == form or (form == "moe" and isinstance(linear, MoEMlp)):
             self.already(rule, fqn, form)
+        elif id(linear) in self.protected:
+            self.skipped[fqn] = self.protected[id(linear)]
         elif type(linear) is not nn.Linear:
             self.skipped[fqn] = f"is {type(linear).__name__}, not nn.Linear"
         elif not called:
@@ -292,81 +334,6 @@ class _Plan:
                     f"{asked}: {getattr(self.config, asked)!r} matched nothing in"
                     f" {model_name}{_hint(self.skipped)}"
                 )
-
-
-Attempt = tuple[nn.Module | None, str]
-
-
-def _linear(module: nn.Module, traced: AttentionTrace, options: LayerConfig) -> Attempt:
-    """Linear attention in place of a module, or None with the reason."""
-    what = f"add attention ({_codes(options)})"
-    plain = traced.tokens_in and not traced.masked and not traced.over_channels
-    if plain and is_softmax_attention(module) and refusal(module) is None:
-        hashing = _hashing(module, traced, options)
-        dropped = dropped_parts(module)
-        without = f", without spatial reduction ({', '.join(dropped)})" if dropped else ""
-        return AddAttention.from_attention(module, options.alphabet, hashing), what + without
-    if reason := _linear_refusal(traced, options):
-        return None, reason
-    heads = _heads(module, traced)
-    core = LinearCore(
-        heads, options.alphabet, _hashing(module, traced, options), options.drop_bias
-    ).to(next(module.parameters()))
-    without = ", without position bias and mask" if traced.masked else ""
-    made = with_core(module, core.train(module.training))
-    return made, f"{what} inside of {type(module).__name__}{without}"
-
-
-def _linear_refusal(traced: AttentionTrace, options: LayerConfig) -> str | None:
-    if traced.over_channels:
-        return "compares channels, not tokens: it is linear in the tokens already"
-    if not traced.fused:
-        return "takes a softmax of its own of its scores; the quadratic form keeps that"
-    if traced.queries[-2] != traced.keys[-2]:
-        return "queries are not of the same tokens as keys; the quadratic form keeps that"
-    if traced.masked and not options.drop_bias:
-        return (
-            "has a position bias or mask, which linear attention would lose: drop_bias drops it,"
-            " the quadratic form keeps it"
-        )
-    return None
-
-
-def _quadratic(module: nn.Module, traced: AttentionTrace, options: LayerConfig) -> Attempt:
-    """Quadratic attention on codes inside of a module, or None with the reason."""
-    if options.similarity == "angular" and not traced.fused:
-        return None, "takes a softmax of its own of its scores, which angular similarity is not"
-    if options.hashing == "kernelised" and traced.over_channels:
-        return None, "compares channels, which hash functions of tokens are not for"
-    hashing = _hashing(module, traced, options)
-    core = QuadraticCore(options.alphabet, options.similarity, hashing)
-    made = with_core(
-        module, core.to(next(module.parameters())).train(module.training), traced.scores
-    )
-    return made, f"quadratic attention ({_codes(options)}, {options.similarity})"
-
-
-def _hashing(module: nn.Module, traced: AttentionTrace, options: LayerConfig) -> nn.Module | None:
-    if options.hashing == "sign":
-        return None
-    return KernelisedHash(
-        _heads(module, traced),
-        traced.queries[-1],
-        options.alphabet,
-        options.hash_bits,
-        options.hash_anchors,
-    )
-
-
-def _codes(options: LayerConfig) -> str:
-    kernelised = f", {options.hash_bits} bits by kernelised hashing"
-    return options.alphabet + (kernelised if options.hashing == "kernelised" else "")
-
-
-def _heads(module: nn.Module, traced: AttentionTrace) -> int:
-    """Heads, where the third dimension from the end is theirs and not that of windows."""
-    known = {getattr(module, name, None) for name in ("num_heads", "heads")}
-    return traced.heads if traced.heads in known else 1
 
 
 def _moe(module: nn.Module, options: LayerConfig) -> MoEMlp:

@@ -49,7 +49,7 @@ def deploy(model: nn.Module, fuse: bool = True) -> nn.Module:
     if fuse:
         # Before its weights are made, which then lie there too.
         keep_freed_memory()
-    deployed = _deployed(copy.deepcopy(model).eval(), fuse)
+    deployed = _deployed(copy.deepcopy(model).eval(), fuse, {})
     if fuse:
         fuse_and_prepare_(deployed)
     return deployed
@@ -61,7 +61,21 @@ def fuse_and_prepare_(deployed: nn.Module) -> None:
     torch_on_one_thread_(deployed)
 
 
-def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> nn.Module:
+def _deployed(
+    module: nn.Module,
+    fuse: bool,
+    made: dict[nn.Module, nn.Module],
+    inside_converted: bool = False,
+) -> nn.Module:
+    """What a module becomes; ``made`` keeps it, so that one of several names stays one."""
+    if module not in made:
+        made[module] = _newly_deployed(module, fuse, made, inside_converted)
+    return made[module]
+
+
+def _newly_deployed(
+    module: nn.Module, fuse: bool, made: dict[nn.Module, nn.Module], inside_converted: bool
+) -> nn.Module:
     if isinstance(module, ShiftLinear | MultLinear):
         return DeployedLinear.of(module.export())
     if isinstance(module, AddProducts):
@@ -73,10 +87,11 @@ def _deployed(module: nn.Module, fuse: bool, inside_converted: bool = False) -> 
         return _as_linear(module)
     is_moe = isinstance(module, MoEMlp)
     inside_converted = inside_converted or is_moe or isinstance(module, AddAttention)
-    for name, child in module.named_children():
-        if not (is_moe and name == "router"):
+    # Not named_children, which leaves out second names.
+    for name, child in module._modules.items():
+        if child is not None and not (is_moe and name == "router"):
             # An expert is seen as part of its MoE alone.
-            setattr(module, name, _deployed(child, fuse or is_moe, inside_converted))
+            setattr(module, name, _deployed(child, fuse or is_moe, made, inside_converted))
     module = _in_one(module)
     return _in_one_mlp(module) if fuse else module
 
@@ -124,6 +139,8 @@ def _in_one_mlp(module: nn.Module) -> nn.Module:
     if any(not isinstance(part, nn.Identity | nn.Dropout) for part in parts.values()):
         return module
     if conv is None and isinstance(fc1, DeployedLinear) and isinstance(fc2, DeployedLinear):
+        if fc1.out_features != fc2.in_features:
+            return module  # a gate takes a part of what the first linear makes
         fc1.activated = True
         return DeployedMlp(fc1, fc2)
     if type(conv) is nn.Conv2d and _is_plain_depthwise(conv):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from profiler.whole_file import whole_file, write_whole
-from reparam.add_attention import AddAttention
+from reparam.attention_structure import open_
 from reparam.deploy import fuse_and_prepare_
 from reparam.deployed import (
     DeployedAddAttention,
@@ -36,6 +36,7 @@ from reparam.deployed_mlps import (
     DeployedMoE,
 )
 from reparam.kept_memory import keep_freed_memory
+from reparam.model_structure import replace_
 
 # What only fusing makes.
 _FUSED = (torch.fx.GraphModule, DeployedLayerNorm)
@@ -94,7 +95,8 @@ def load_deployed(path: str | Path) -> nn.Module:
     try:
         model = timm.create_model(**{**content["create"], "pretrained": False}).eval()
         for fqn, spec in content["modules"].items():
-            model.set_submodule(fqn, _made(spec))
+            replace_(model, fqn, _made(spec))
+            open_(model.get_submodule(fqn.rpartition(".")[0]))
         if content["fused"]:
             fuse_and_prepare_(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -108,12 +110,12 @@ def load_deployed(path: str | Path) -> nn.Module:
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Deployed modules that lie in no other."""
+    """Modules of this package that lie in no other: what timm's constructor does not make."""
     for name, child in model.named_children():
         fqn = f"{prefix}{name}"
         if isinstance(child, DeployedLayerNorm):
             continue  # fusing makes it again
-        if type(child).__name__.startswith("Deployed") or isinstance(child, AddAttention):
+        if type(child).__module__.startswith(f"{__package__}."):
             yield fqn, child
         else:
             yield from _outermost(child, f"{fqn}.")

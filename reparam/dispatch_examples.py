@@ -37,8 +37,10 @@ def dispatch_examples(model: nn.Module, images: Tensor, labels: Tensor) -> list[
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     grids, experts = {}, []
     for fqn, layer in moe_layers(model):
-        choice = layer.routing.choice.view(len(x), -1) if layer.routing else torch.empty(0, 0)
-        grid = _grid(choice, prefix, x.shape[-2] / x.shape[-1])
+        choice = layer.routing.choice if layer.routing else torch.empty(0)
+        if len(choice) % len(x):
+            continue  # of something else than the images
+        grid = _grid(choice.view(len(x), -1), prefix, x.shape[-2] / x.shape[-1])
         if grid is not None:
             grids[fqn], experts = grid, list(layer.experts)
     return [

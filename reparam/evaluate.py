@@ -34,12 +34,12 @@ from torch import nn
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.layer_models import predict_left_out
 from kernels.torch_ops import set_threads
-from profiler.command_line import BadInput, output_folder, run
+from profiler.command_line import BadInput, one_line, output_folder, run
 from profiler.device import cpu_info
 from profiler.passes import PASSES, pass_lines
 from profiler.samples import PRESETS, TimingSettings
 from profiler.store import Measurement, create_store
-from reparam.convert import ConversionError, ReparamConfig, reparameterize_
+from reparam.convert import ConversionError, ReparamConfig, reparameterize_by_parts_
 from reparam.deploy import deploy
 from reparam.dispatch_cost import dispatch_costs, dispatch_table
 from reparam.forced_dispatch import force_share_
@@ -122,17 +122,18 @@ def main(
     shares = _whole_numbers("--share", share, 0, 100)
     known = _table(table) if predicted_versus_measured else None
     device = cpu_info(threads)
-    folder = output_folder(out)
     set_threads(threads)
     # The originals too: before they are made.
     keep_freed_memory()
+    if versus_torch or dispatch or scaling:
+        original, deployed_at = prepared(model, mult)
+    folder = output_folder(out)
     header = {
         "device": device,
         "command": shlex.join(["python", "-m", "reparam.evaluate", *sys.argv[1:]]),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if versus_torch:
-        original, deployed_at = prepared(model, mult)
         comparisons = []
         for images in batches:
             example = example_of(original, images)
@@ -142,7 +143,6 @@ def main(
             console.print(_ratios(comparisons[-1]))
         VersusTorch(**header, comparisons=comparisons).save(folder / "versus_torch.json")
     if dispatch:
-        original, deployed_at = prepared(model, mult)
         for images in batches:
             case = Case(model, original, deployed_at(0.5), example_of(original, images))
             console.print(f"{model}, batch {images}: measuring, in turns")
@@ -150,7 +150,7 @@ def main(
                 costs = list(dispatch_costs(case, part / 100, PRESETS[preset]))
                 console.print(dispatch_table(model, images, costs))
     if scaling:
-        sizes = attention_sizes(prepared(model, mult)[1](0.5))
+        sizes = attention_sizes(deployed_at(0.5))
         if sizes is None:
             raise BadInput(f"--scaling: {model} has no attention that additions replace")
         console.print("growth of attention with its tokens: measuring, in turns")
@@ -214,28 +214,33 @@ def _table(name: str | None) -> LatencyTable:
 def prepared(name: str, mult: str = _MULT) -> tuple[nn.Module, Callable[[float], nn.Module]]:
     """The original model, and a deployed conversion of it at a share of tokens on shift.
 
-    It is converted as the second stage of the shipped recipes does.
+    It is converted as the second stage of the shipped recipes does, as far as it has the parts.
 
     Args:
         name: Any timm model.
         mult: Form of the mult expert; the other one is ``shift_int8``.
 
     Raises:
-        BadInput: If timm has no such model.
+        BadInput: If timm has no such model, or nothing of it can be converted.
     """
     torch.manual_seed(0)
     try:
         original = timm.create_model(name).eval()
         converted = timm.create_model(name).eval()
-    except RuntimeError as error:
-        raise BadInput(f"--model {name}: {error}") from error
+    # What timm and the hub raise of a name, a folder or a file that they cannot make a model of.
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"--model {name}: {one_line(error)}") from error
+    stages = (
+        ReparamConfig(attention="add"),
+        ReparamConfig(attention_linears="shift_int8"),
+        ReparamConfig(mlp="moe", experts={"mult": mult, "shift": "shift_int8"}),
+    )
     try:
-        reparameterize_(converted, ReparamConfig(attention="add"))
+        _, without = reparameterize_by_parts_(converted, *stages)
     except ConversionError as error:
-        console.print(f"{name}: its attention stays as it is: {error}", markup=False)
-    experts = {"mult": mult, "shift": "shift_int8"}
-    config = ReparamConfig(attention_linears="shift_int8", mlp="moe", experts=experts)
-    reparameterize_(converted, config)
+        raise BadInput(f"--model {name}: nothing of it can be converted: {error}") from error
+    for reason in without:
+        console.print(f"{name} is deployed without that: {reason}", markup=False)
 
     def deployed_at(share: float) -> nn.Module:
         deployed = deploy(converted)

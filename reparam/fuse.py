@@ -7,6 +7,7 @@ fused is what the trace shows, and a block that cannot be traced stays as it is.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from reparam.deployed_mlps import (
     DeployedMlp,
     DeployedMoE,
 )
+from reparam.model_structure import replace_
 
 _FUSING = (
     DeployedAddAttention,
@@ -54,6 +56,7 @@ def fuse_(model: nn.Module) -> dict[str, str]:
         that it has one of its own.
     """
     done: dict[str, str] = {}
+    shared = _shared(model)
     for fqn, block in list(model.named_modules()):
         parts = list(block.children())
         if isinstance(block, _FUSING) or not any(isinstance(part, _FUSING) for part in parts):
@@ -66,20 +69,31 @@ def fuse_(model: nn.Module) -> dict[str, str]:
             continue
         if _looks_at_what_may_be_absent(graph):
             continue
-        if fused := _rewritten(block, graph):
+        if fused := _rewritten(block, graph, shared):
             traced = fx.GraphModule(block, graph, type(block).__name__)
             traced.graph.eliminate_dead_code()
             traced.recompile()
-            model.set_submodule(fqn, traced.eval())
+            replace_(model, fqn, traced.eval())
             done[fqn] = ", ".join(fused)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     for fqn, module in list(model.named_modules()) if on_cpu else ():
         if type(module) in _LAYER_NORMS and len(module.normalized_shape) == 1:
             norm = DeployedLayerNorm()
             norm.absorb_norm_(module)
-            model.set_submodule(fqn, norm.eval())
+            replace_(model, fqn, norm.eval())
             done[fqn] = "a kernel of its own"
     return done
+
+
+def _shared(model: nn.Module) -> set[nn.Module]:
+    """Modules that lie in more than one other: what one has in front is not what another has."""
+    within: dict[nn.Module, nn.Module] = {}
+    shared = set()
+    for module in model.modules():
+        for child in module.children():
+            if within.setdefault(child, module) is not module:
+                shared.add(child)
+    return shared
 
 
 def _looks_at_what_may_be_absent(graph: fx.Graph) -> bool:
@@ -92,17 +106,22 @@ def _looks_at_what_may_be_absent(graph: fx.Graph) -> bool:
     )
 
 
-def _rewritten(block: nn.Module, graph: fx.Graph) -> list[str]:
+def _rewritten(block: nn.Module, graph: fx.Graph, shared: set[nn.Module]) -> list[str]:
     """Rewrites a block's graph; returns what was fused."""
     fused: list[str] = []
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
 
     def module(node: Any) -> nn.Module | None:
         if isinstance(node, fx.Node) and node.op == "call_module":
             return block.get_submodule(str(node.target))
         return None
 
+    def is_only_here(node: Any) -> bool:
+        part = module(node)
+        return isinstance(part, _FUSING) and calls[node.target] == 1 and part not in shared
+
     def fuses(node: Any) -> bool:
-        return isinstance(module(node), _FUSING) and len(node.users) == 1
+        return is_only_here(node) and len(node.users) == 1
 
     for node in list(graph.nodes):
         part = module(node)
@@ -117,8 +136,8 @@ def _rewritten(block: nn.Module, graph: fx.Graph) -> list[str]:
         part = module(node)
         if isinstance(part, nn.LayerNorm) and len(node.users) == 1:
             (user,) = node.users
-            follower = module(user)
-            if isinstance(follower, _FUSING) and user.args[0] is node:
+            follower: Any = module(user)
+            if is_only_here(user) and user.args[0] is node:
                 follower.absorb_norm_(part)
                 _replace(graph, node, node.args[0])
                 fused.append(str(node.target))

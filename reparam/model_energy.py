@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cost_models.operation_energy import operation_energy
+from kernels.forms import FORMS
 from kernels.workload import Workload, linear
-from reparam.add_attention import AddAttention, is_softmax_attention
-from reparam.expert_latency import input_shapes, layer_workloads
-from reparam.moe import MoEMlp
+from reparam.attention_structure import Product, trace
+from reparam.expert_latency import layer_workloads
+from reparam.quadratic_attention import CodeScores
 
 COVERS = "modelled: arithmetic and memory traffic of all linears and attention products, no more"
 
@@ -28,48 +31,23 @@ def modelled_energy_mj(
         example: One batch.
         expert_tokens: As in ``layer_workloads``.
     """
-    workloads = [*_unconverted(model, example)]
-    for found in layer_workloads(model, example, expert_tokens).values():
-        workloads += found
+    converted = layer_workloads(model, example, expert_tokens)
+    workloads = [workload for found in converted.values() for workload in found]
+    for product in trace(model, example).products:
+        # A name with a dot behind it: of what lies in a mixture of experts.
+        if not any(f"{product.fqn}.".startswith(f"{fqn}.") for fqn in converted):
+            workloads.append(_workload(product, model.get_submodule(product.fqn)))
     return sum(operation_energy(workload).with_memory_mj for workload in workloads)
 
 
-def softmax_attention(b: int, tokens: int, keys: int, head_dim: int) -> tuple[Workload, Workload]:
-    """The two fp32 products of softmax attention: QKᵀ and (softmax)V.
-
-    Args:
-        b: Batch × heads.
-        tokens, keys: Queries and keys of a sequence.
-        head_dim: Features of a head.
-    """
-    sizes: dict[str, Any] = {"primitive": "mult", "b": b, "w_layout": "kn"}
-    return (
-        Workload(m=tokens, k=head_dim, n=keys, **sizes),
-        Workload(m=tokens, k=keys, n=head_dim, **sizes),
-    )
-
-
-def _unconverted(model: nn.Module, example: Tensor) -> list[Workload]:
-    """Workloads of the plain linears and softmax attentions outside converted layers."""
-    inside = tuple(
-        f"{fqn}." for fqn, part in model.named_modules() if isinstance(part, AddAttention | MoEMlp)
-    )
-
-    def is_unconverted(fqn: str, part: nn.Module) -> bool:
-        plain = type(part) is nn.Linear and not fqn.startswith(inside)
-        return plain or is_softmax_attention(part)
-
-    found: list[Workload] = []
-    for fqn, (shape, *_) in input_shapes(model, example, is_unconverted).items():
-        part: Any = model.get_submodule(fqn)
-        if isinstance(part, nn.Linear):
-            tokens = shape[:-1].numel()
-            found.append(linear("mult_fp32", tokens, part.in_features, part.out_features))
-            continue
-        batch, tokens, width = shape
-        # PVT's spatial reduction divides both sides of the image for the keys.
-        keys = max(1, tokens // int(getattr(part, "sr_ratio", 1)) ** 2)
-        found.extend(
-            softmax_attention(batch * part.num_heads, tokens, keys, width // part.num_heads)
-        )
-    return found
+def _workload(product: Product, within: nn.Module) -> Workload:
+    """What a layer that no conversion reports is charged."""
+    *batch, m, k = product.left
+    *other, _, n = product.right
+    if product.is_linear:
+        return linear("mult_fp32", math.prod(batch) * m, k, n)
+    sizes: dict[str, Any] = {"m": m, "k": k, "n": n}
+    sizes["b"] = torch.broadcast_shapes(tuple(batch), tuple(other)).numel()
+    if isinstance(within, CodeScores):
+        return Workload(**sizes, **FORMS[f"add_qkv_{within.alphabet}"])
+    return Workload(primitive="mult", w_layout="kn", **sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -17,30 +17,48 @@ CONVERTED_ATTENTION = (AddAttention, CodedAttention)
 _MLP_LINEARS = range(2, 5)
 
 
-def protected_parts(model: nn.Module) -> dict[int, str]:
-    """Why a module is never converted, by id: classifier heads and patch embeddings."""
+def protected_parts(model: nn.Module, same: Collection[str] = ()) -> dict[int, str]:
+    """Why a module is never converted, by id: classifier heads, patch embeddings, position biases.
+
+    Args:
+        model: A timm model.
+        same: Qualified names of modules whose input does not depend on the images, such as the
+            linears that make position biases of coordinates.
+    """
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else (classifier,)
     protected = {id(head): "classifier head, never converted" for head in heads}
     if hasattr(model, "patch_embed"):
         protected[id(model.patch_embed)] = "patch embedding, never converted"
+    for part in map(model.get_submodule, same):
+        if isinstance(part, nn.Linear):
+            protected[id(part)] = "computes the same for any images, never converted"
     return protected
 
 
 def candidates(
-    model: nn.Module, attentions: Collection[str], skipped: dict[str, str]
+    model: nn.Module,
+    attentions: Collection[str],
+    protected: Mapping[int, str],
+    skipped: dict[str, str],
 ) -> Iterator[tuple[str, nn.Module]]:
     """Attentions and MLPs outside of protected modules; does not look inside of what it found.
+
+    A module of several names is found under the first of them.
 
     Args:
         model: A timm model.
         attentions: Qualified names of its attentions.
+        protected: As ``protected_parts`` found them.
         skipped: Gets the protected modules with the reason.
     """
-    protected = protected_parts(model)
+    seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
+            if child in seen:
+                continue
+            seen.add(child)
             fqn = f"{prefix}{name}"
             holds_others = any(other.startswith(f"{fqn}.") for other in attentions) or any(
                 id(part) in protected for part in child.modules()
@@ -53,6 +71,14 @@ def candidates(
                 yield from walk(child, f"{fqn}.")
 
     yield from walk(model, "")
+
+
+def replace_(model: nn.Module, fqn: str, replacement: nn.Module) -> None:
+    """Puts a module in the place of another, under each name that a model has for that."""
+    replaced = model.get_submodule(fqn)
+    names = [name for name, part in model.named_modules(remove_duplicate=False) if part is replaced]
+    for name in names:
+        model.set_submodule(name, replacement)
 
 
 def is_attention(fqn: str, module: nn.Module, attentions: Collection[str]) -> bool:

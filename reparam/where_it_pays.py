@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,15 +12,31 @@ from cost_models.advice import advise
 from cost_models.advice_result import Advice
 from cost_models.conversion_plan import Layer, plan
 from cost_models.latency_table import LatencyTable
-from profiler.model_workloads import layers_of
+from profiler.model_workloads import ModelLayer, Rule, layers_of
+from reparam.attention_structure import opened
 from reparam.conversion_rules import ReparamConfig
+from reparam.model_structure import is_attention, linear_parts
 from reparam.mult import MULT_FORMS
 from reparam.shift import SHIFT_FORMS
 
 LINEAR_FORMS = (*MULT_FORMS, *SHIFT_FORMS)
 
 
-def advice_for(model: nn.Module, config: ReparamConfig, example: Tensor) -> Advice:
+class Part(NamedTuple):
+    """What a linear belongs to.
+
+    Attributes:
+        rule: ``attention_linears`` or ``mlp``.
+        within: Qualified name of the attention or MLP.
+    """
+
+    rule: Rule
+    within: str
+
+
+def advice_for(
+    model: nn.Module, config: ReparamConfig, example: Tensor, parts: Mapping[str, Part]
+) -> Advice:
     """Decides layer by layer, from a latency table, at the batch that will be deployed.
 
     Args:
@@ -26,15 +44,18 @@ def advice_for(model: nn.Module, config: ReparamConfig, example: Tensor) -> Advi
         config: With ``where="pays"``; each linear is considered in the forms alone that
             are asked for at its place.
         example: Input of the model; its first image alone counts.
+        parts: Of ``parts_of``; any other linear stays.
 
     Raises:
         TableError: If there is no such table.
     """
     table = LatencyTable.load(str(config.latency_table))
     images = example[:1].expand(config.deploy_batch, *example.shape[1:])
-    layers = plan(layers_of(model, images), LINEAR_FORMS, config.alphabet)
+    with opened(model):
+        seen = layers_of(model, images)
+    layers = plan([_by_what_it_is(layer, parts) for layer in seen], LINEAR_FORMS, config.alphabet)
     return advise(
-        [_as_asked(layer, config) for layer in layers],
+        [_as_asked(layer, config, parts) for layer in layers],
         table,
         model=type(model).__name__,
         batch=config.deploy_batch,
@@ -43,11 +64,41 @@ def advice_for(model: nn.Module, config: ReparamConfig, example: Tensor) -> Advi
     )
 
 
-def _as_asked(layer: Layer, config: ReparamConfig) -> Layer:
+def parts_of(
+    found: Iterable[tuple[str, nn.Module]],
+    attentions: Collection[str],
+    protected: Collection[int],
+) -> dict[str, Part]:
+    """What the linears of a model that can be converted belong to, by qualified name.
+
+    Args:
+        found: Of ``model_structure.candidates``.
+        attentions: Qualified names of the attentions among them.
+        protected: Of ``model_structure.protected_parts``.
+    """
+    parts: dict[str, Part] = {}
+    for fqn, module in found:
+        rule: Rule = "attention_linears" if is_attention(fqn, module, attentions) else "mlp"
+        for name, part in linear_parts(module).items():
+            if id(part) not in protected:
+                parts[f"{fqn}.{name}"] = Part(rule, fqn)
+    return parts
+
+
+def _by_what_it_is(layer: ModelLayer, parts: Mapping[str, Part]) -> ModelLayer:
+    """A layer under the rule by which it is converted, whatever its name."""
+    if layer.rule == "attention":
+        return layer
+    return replace(layer, rule=parts[layer.name].rule if layer.name in parts else "other")
+
+
+def _as_asked(layer: Layer, config: ReparamConfig, parts: Mapping[str, Part]) -> Layer:
     """A linear in the forms alone that the configuration asks for at its place."""
     if layer.rule not in ("attention_linears", "mlp"):
         return layer
-    rule = config.first_rule(layer.fqn, layer.fqn.rpartition(".")[0])
+    # The qkv that an add attention will make of a q and a kv is no part of the model yet.
+    within = parts[layer.fqn].within if layer.fqn in parts else layer.fqn.rpartition(".")[0]
+    rule = config.first_rule(layer.fqn, within)
     options = rule.config if rule else config
     asked = {str(options.attention_linears if layer.rule == "attention_linears" else options.mlp)}
     if "moe" in asked:

@@ -396,3 +396,31 @@ def test_calibration_brings_linear_attention_closer_to_the_original(name):
 def test_an_example_that_the_model_does_not_take_is_named():
     with pytest.raises(ConversionError, match=r"example: .* does not take \(1, 5, 32, 32\)"):
         reparameterize_(vit(), STAGE1, example=torch.zeros(1, 5, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "name, changes, positions",
+    [
+        (
+            "vit_srelpos_small_patch16_224",
+            {"depth": 1},
+            {"shared_rel_pos.mlp.fc1", "shared_rel_pos.mlp.fc2"},
+        ),
+        (
+            "swinv2_tiny_window8_256",
+            {"window_size": 4, "embed_dim": 24, "depths": (1,), "num_heads": (2,)},
+            {f"layers.0.blocks.0.attn.cpb_mlp.{i}" for i in (0, 2)},
+        ),
+    ],
+)
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_what_makes_position_biases_of_coordinates_is_left_alone(name, changes, positions, images):
+    model = timm.create_model(name, img_size=32, num_classes=5, **changes).eval()
+    x = torch.randn(images, 3, 32, 32)
+    done = reparameterize_(model, MOE, example=x)
+    reasons = {fqn: reason for fqn, reason in done.skipped.items() if "any images" in reason}
+    assert set(reasons) == positions
+    assert all(type(model.get_submodule(fqn)) is nn.Linear for fqn in positions)
+    model(x)
+    counts = {fqn: int(layer.routing.counts.sum()) for fqn, layer in moe_layers(model)}
+    assert counts and all(tokens % images == 0 for tokens in counts.values())

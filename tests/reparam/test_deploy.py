@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import GluMlp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.packing import quantise_weight
@@ -30,6 +31,11 @@ STAGE1 = {"attention": "add"}
 SHIFT = {"attention_linears": "shift_int8", "mlp": "shift_int8"}
 SHIFT_FP32 = {"attention_linears": "shift_fp32", "mlp": "shift_fp32", "shift_variant": "PS"}
 MOE = {"attention_linears": "shift_int8", "mlp": "moe"}
+
+
+def _off(actual, expected):
+    """A code within rounding of its threshold may fall on either side."""
+    return float((actual - expected).norm() / expected.norm())
 
 
 class _Recorder(TorchDispatchMode):
@@ -232,3 +238,47 @@ def test_a_process_that_runs_a_fused_model_keeps_its_memory(monkeypatch):
     assert not kept
     deploy(model)
     assert kept
+
+
+class _Shares(torch.nn.Module):
+    """A block with one MLP under two names, each behind a norm of its own; another block has it."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.first = self.second = mlp
+        self.norm1, self.norm2 = torch.nn.LayerNorm(32), torch.nn.LayerNorm(32)
+
+    def forward(self, x):
+        x = x + self.first(self.norm1(x))
+        return x + self.second(self.norm2(x))
+
+
+@pytest.mark.parametrize("mlp", ["shift_int8", "moe"])
+def test_a_module_of_several_names_stays_one(mlp):
+    model = _vit(depth=1)
+    shared = model.blocks[0].mlp
+    model.blocks.append(_Shares(shared))
+    model.blocks.append(model.blocks[1])
+    for part in model.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            torch.nn.init.normal_(part.weight, 1, 0.5)
+    model, converted = _converted({"mlp": mlp}, model=model)
+    assert {name.split(".")[1] for name in converted} == {"0"}
+    block = model.blocks[1]
+    assert block.first is block.second is model.blocks[0].mlp
+    assert not any(isinstance(part, torch.nn.Linear) for part in block.first.children())
+    x = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        for deployed in (deploy(model, fuse=False), deploy(model)):
+            block = deployed.blocks[2]
+            assert block is deployed.blocks[1]
+            assert _off(deployed(x), expected) < 2e-2
+
+
+@pytest.mark.parametrize("mlp", ["shift_int8", "moe"])
+def test_a_gate_between_the_linears_stays_between_them(mlp):
+    model, _ = _converted({"mlp": mlp}, model=_vit(mlp_layer=GluMlp, act_layer=torch.nn.GELU))
+    x = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        assert _off(deploy(model)(x), model(x)) < 2e-2

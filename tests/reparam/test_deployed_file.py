@@ -48,6 +48,37 @@ def test_a_model_of_which_little_was_converted_computes_the_same(config, tmp_pat
         assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
 
 
+def test_a_linear_whose_bias_is_held_apart_is_called_again(tmp_path):
+    sizes = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 1, "num_classes": 5}
+    create = {"model_name": "beit_base_patch16_224", **sizes}
+    model = timm.create_model(**create).eval()
+    reparameterize_(model, ReparamConfig(attention_linears="shift_int8"))
+    deployed, x = deploy(model), torch.randn(2, 3, 32, 32)
+    save_deployed(deployed, tmp_path / "model.json", create)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
+
+
+@pytest.mark.parametrize(
+    "config, changes, named",
+    [
+        ({"attention": "quadratic"}, {}, "blocks.0.attn: a CodedAttention"),
+        ({"mlp": "moe"}, {"act_layer": "silu"}, "blocks.0.mlp: a MoEMlp"),
+        ({"mlp": "shift_int8", "activation_clip": "calibrated"}, {}, "mlp.fc1.clip: a Clip"),
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_cannot_be_described_is_refused_and_nothing_written(
+    config, changes, named, fuse, tmp_path
+):
+    model = timm.create_model(**CREATE, **changes).eval()
+    reparameterize_(model, ReparamConfig(**config))
+    deployed = deploy(model, fuse)
+    with pytest.raises(DeployedFileError, match=named):
+        save_deployed(deployed, tmp_path / "model.json", CREATE | changes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_loads_in_a_fresh_process(saved, tmp_path):
     path, x, expected = saved
     torch.save(x, tmp_path / "x.pt")

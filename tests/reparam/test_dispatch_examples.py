@@ -46,3 +46,12 @@ def test_layers_whose_tokens_are_too_many_or_no_grid_are_left_out():
 def test_a_model_without_routers_has_none():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
     assert dispatch_examples(model, torch.randn(1, 3, 32, 32), torch.tensor([0])) == []
+
+
+def test_a_router_of_something_else_than_the_images_is_left_out():
+    model = converted("vit_tiny_patch16_224", img_size=32, depth=2)
+    of_coordinates = model.blocks[1].mlp
+    of_coordinates.register_forward_pre_hook(lambda module, args: (args[0][:1, :3],))
+    of_coordinates.register_forward_hook(lambda module, args, y: y.mean())
+    found = dispatch_examples(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert set(found[0].layers) == {"blocks.0.mlp"}

@@ -112,7 +112,7 @@ def _computes_the_same(name):
 
 def test_a_model_whose_attention_cannot_be_linear_is_deployed_with_its_own(capsys):
     original, deployed_at = prepared("tiny_vit_5m_224")
-    assert "its attention stays as it is" in " ".join(capsys.readouterr().out.split())
+    assert "without that: attention: 'add'" in " ".join(capsys.readouterr().out.split())
     assert not list(moe_layers(original))
     # Its MLPs hold a layer norm: they stay mixtures of deployed linears, with a share too.
     deployed, x = deployed_at(0.25), torch.randn(1, 3, 224, 224, generator=torch.manual_seed(1))
@@ -121,3 +121,21 @@ def test_a_model_whose_attention_cannot_be_linear_is_deployed_with_its_own(capsy
     counts = torch.stack([layer.routing.counts for _, layer in moe_layers(deployed)])
     share = counts.sum(0)[1] / counts.sum()
     assert len(counts) > 5 and 0.1 < share < 0.4
+
+
+def test_a_model_is_deployed_with_the_parts_that_it_has(capsys):
+    _, deployed_at = prepared("mixer_s32_224")
+    assert sum(isinstance(part, DeployedMoE) for part in deployed_at(0.5).modules()) == 16
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "attention: 'add'" in printed and "attention_linears: 'shift_int8'" in printed
+
+
+@pytest.mark.parametrize(
+    "name", ["nonesuch", "vit_tiny_patch16_224.bogus", "", "hf-hub:", "local-dir:/x"]
+)
+def test_a_name_that_is_no_model_is_refused_in_one_line(refused, name):
+    assert refused("--dispatch", "--model", name).startswith(f"error: --model {name}: ")
+
+
+def test_a_model_of_which_nothing_can_be_converted_is_refused(refused):
+    assert "--model resnet10t: nothing of it" in refused("--dispatch", "--model", "resnet10t")

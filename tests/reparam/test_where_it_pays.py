@@ -1,5 +1,7 @@
 """A conversion that keeps to what a latency table says, on a table whose figures are made up."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from kernels.workload import linear
 from profiler.device import DeviceInfo
 from profiler.model_workloads import layers_of
 from profiler.sweep_config import LinearShape
+from reparam.attention_structure import example_input, trace
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.moe import MoEMlp
 from reparam.shift import ShiftLinear
@@ -38,15 +41,10 @@ def entry(workload, lowering, latency_ms, is_baseline):
     )
 
 
-@pytest.fixture
-def table(tmp_path):
-    """Shift is twice as fast as torch around the attention, half as fast in the MLP."""
+def saved_table(path, linears):
+    """A table of linears by ``(m, k, n)``: how long shift takes where torch takes 1 ms."""
     entries = {}
-    for layer in layers_of(vit(), torch.zeros(BATCH, 3, 32, 32)):
-        if not isinstance(layer.shape, LinearShape):
-            continue
-        sizes = (layer.shape.m, layer.shape.k, layer.shape.n)
-        ratio = 0.5 if layer.rule == "attention_linears" else 2.0
+    for sizes, ratio in linears.items():
         for form, lowering, latency_ms in (
             ("mult_fp32", "torch.fp32", 1.0),
             ("mult_bf16", "torch.bf16", 1.0),
@@ -55,7 +53,6 @@ def table(tmp_path):
         ):
             made = entry(linear(form, *sizes), lowering, latency_ms, lowering.startswith("torch"))
             entries[made.workload, lowering] = made
-    path = tmp_path / "table.json"
     LatencyTable(
         device=DeviceInfo(kind="cpu", name="made up", threads=1, cores=1),
         created_at="today",
@@ -64,6 +61,17 @@ def table(tmp_path):
         models=(),
     ).save(path)
     return path
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Shift is twice as fast as torch around the attention, half as fast in the MLP."""
+    linears = {}
+    for layer in layers_of(vit(), torch.zeros(BATCH, 3, 32, 32)):
+        if isinstance(layer.shape, LinearShape):
+            ratio = 0.5 if layer.rule == "attention_linears" else 2.0
+            linears[layer.shape.m, layer.shape.k, layer.shape.n] = ratio
+    return saved_table(tmp_path / "table.json", linears)
 
 
 def config(table, **changes):
@@ -114,3 +122,40 @@ def test_a_filter_still_has_its_say(table):
     done = reparameterize_(model, config(table), filter_fn=lambda module, fqn: "blocks.0" in fqn)
     assert {fqn.split(".")[1] for fqn in done.converted} == {"0"}
     assert done.skipped["blocks.1.attn.qkv"] == "rejected by filter_fn"
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        # A bias of qkv that is held apart, and a gated MLP.
+        (
+            "eva02_tiny_patch14_224",
+            {"img_size": 28, "embed_dim": 24, "num_heads": 2, "depth": 2},
+        ),
+        # Linears within attn.qkv and mlp.ln1, each with a norm.
+        ("levit_128s", {}),
+        # MLPs in a position of their own, no attention of timm's names.
+        ("hiera_tiny_224", {"stages": (1, 1, 1, 1)}),
+    ],
+)
+def test_layers_are_decided_on_by_what_they_are_and_not_by_their_names(name, changes, tmp_path):
+    def model():
+        return timm.create_model(name, num_classes=5, **changes).eval()
+
+    options = {
+        "rules": ({"match": "*.attn", "config": {"attention_linears": "shift_int8"}},),
+        "mlp": "shift_int8",
+    }
+    everywhere = reparameterize_(model(), ReparamConfig(**options))
+    assert {fqn.split(".attn.")[-1] == fqn for fqn in everywhere.converted} == {True, False}
+    x = example_input(model())[:1].repeat(BATCH, 1, 1, 1)
+    sizes = {
+        (math.prod(product.left[:-1]), *product.right): 0.5
+        for product in trace(model(), x).products
+        if product.is_linear
+    }
+    table = saved_table(tmp_path / "all.json", sizes)
+    where = {"where": "pays", "latency_table": str(table), "deploy_batch": BATCH}
+    pays = reparameterize_(model(), ReparamConfig(**options, **where))
+    assert pays.converted == everywhere.converted
+    assert not any("no decision" in reason for reason in pays.skipped.values())
