@@ -139,12 +139,12 @@ class Store:
                 _write(connection, row)
 
     def finished_keys(self) -> set[str]:
-        """Keys of the rows with a figure: what a resumed sweep need not measure again.
+        """Keys of rows with a figure, or too short for one: those are not measured again.
 
         Raises:
             StoreError: If the database cannot be read.
         """
-        query = sa.select(_measurements.c.key).where(_measurements.c.status == "ok")
+        query = sa.select(_measurements.c.key).where(_measurements.c.status.in_(("ok", "skipped")))
         with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
             return set(connection.execute(query).scalars())
 

@@ -23,8 +23,9 @@ from itertools import repeat
 from typing import Protocol
 
 from profiler.contamination import NO_CONTAMINATION
+from profiler.measurement import reason_of
 from profiler.nvml import Probe, Unavailable, open_probe
-from profiler.samples import PRESETS, Timing, TimingSettings
+from profiler.samples import PRESETS, StopReason, Timing, TimingSettings
 from profiler.timing import (
     Candidate,
     Facts,
@@ -211,7 +212,35 @@ def _candidate(
     stream: Stream,
     clock: Callable[[], float],
 ) -> Candidate | Timing:
-    """A candidate, or the Timing that says why it cannot be one."""
+    """A candidate, or the Timing that says why it cannot be one.
+
+    A graph may not be captured, or find no memory: that is this candidate's affair alone.
+    """
+    try:
+        return _prepared(launch, settings, flush, governor, stream, clock)
+    except Exception as error:
+        return _without_figure("failed", f"clock: {reason_of(error)}")
+
+
+def _without_figure(stop_reason: StopReason, reason: str, facts: Facts | None = None) -> Timing:
+    return Timing(
+        latency_ms=None,
+        samples_kept=0,
+        samples_discarded=0,
+        stop_reason=stop_reason,
+        reason=reason,
+        details=facts or {},
+    )
+
+
+def _prepared(
+    launch: Launch,
+    settings: TimingSettings,
+    flush: Launch | None,
+    governor: Governor,
+    stream: Stream,
+    clock: Callable[[], float],
+) -> Candidate | Timing:
     overhead_ms = _enqueue_ms(launch, stream, clock)
     hot, hot_number = _filling_graph(launch, max(settings.sample_ms, SHORTEST_SAMPLE_MS), stream)
 
@@ -226,14 +255,11 @@ def _candidate(
     hot_ms = stream.elapsed_ms(hot, hot, _nothing) / hot_number
     facts: Facts = {"launch_overhead_ms": overhead_ms, "plateaued": plateaued}
     if flush and hot_ms < SHORTEST_SINGLE_MS:
-        return Timing(
-            latency_ms=None,
-            samples_kept=0,
-            samples_discarded=0,
-            stop_reason="too short",
-            reason=f"too short to be timed singly: {hot_ms * 1e3:.1f} µs hot, "
+        return _without_figure(
+            "too short",
+            f"too short to be timed singly: {hot_ms * 1e3:.1f} µs hot, "
             f"and an event resolves {EVENT_RESOLUTION_MS * 1e3} µs",
-            details=facts,
+            facts,
         )
     number = 1 if flush else hot_number
     run = stream.capture(launch, 1) if flush else hot

@@ -109,6 +109,21 @@ def test_cold_is_a_single_launch_after_an_erasure():
     assert stream.measure(launches, SETTINGS)["a"].latency_ms == pytest.approx(0.05, rel=5e-3)
 
 
+def test_what_cannot_be_captured_fails_alone():
+    stream = SimulatedStream()
+    launch = stream.kernel(1e-3)
+
+    def stubborn():
+        if stream.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        launch()
+
+    timings = stream.measure({"a": launch, "b": stubborn}, SETTINGS)
+    assert timings["a"].latency_ms == pytest.approx(1.0, rel=5e-3)
+    assert timings["b"].columns["status"] == "failed"
+    assert timings["b"].reason.startswith("clock: RuntimeError: CUDA error: operation not perm")
+
+
 def test_cold_refuses_a_kernel_too_short_to_be_timed_singly():
     stream = SimulatedStream()
     launches = {"long": stream.kernel(1e-3), "short": stream.kernel(SHORTEST_SINGLE_MS / 1e3 / 2)}
