@@ -112,6 +112,14 @@ def tell_energy(products: Sequence[Product], setting: Setting) -> None:
         console.print(f"energy of {len(wanted)} rows: some {each_s:.0f} s each, {minutes:.0f} min")
 
 
+def unasked_energy_lines(setting: Setting) -> list[str]:
+    """That the device has a meter that the sweep made no use of."""
+    each_s = None if setting.config.energy_workloads else setting.site.energy_s()
+    if each_s is None:
+        return []
+    return [f"energy was not asked for: --energy measures it, some {each_s:.0f} s a row"]
+
+
 def calibrated(setting: Setting, checked: Sequence[Candidate]) -> Setting:
     """The setting with what the device can do at most, and with how finely it can be measured."""
     sound = [candidate for candidate in checked if not candidate.problem]
@@ -157,7 +165,7 @@ def report(
     for line in problems(rows):
         console.print(line, style="yellow", markup=False)
     said = [*headlines(rows), *own_mult_lines(rows), *overhead_lines(rows), noise_line(rows)]
-    for line in [*said, *pass_lines(rows), *shared_lines(rows)]:
+    for line in [*said, *pass_lines(rows), *shared_lines(rows), *unasked_energy_lines(setting)]:
         console.print(line, markup=False, highlight=False)
     return [row for row in rows if row.key not in known]
 
@@ -180,6 +188,9 @@ def main(
     isa: Annotated[
         str | None, typer.Option(help="Build for less than this CPU has: avx2 or avx512f.")
     ] = None,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Measure energy too, where the device has a meter.")
+    ] = False,
     rpc: Annotated[str | None, typer.Option(help="HOST:PORT of TVM's RPC tracker.")] = None,
     key: Annotated[str | None, typer.Option(help="The device's key there, with --rpc.")] = None,
     chip: Annotated[
@@ -193,6 +204,8 @@ def main(
 ) -> None:
     """Reads top to bottom as the story of a sweep."""
     name, chosen = config_for(config, model, batch)
+    if energy:
+        chosen = chosen.model_copy(update={"energy": True})
     if rpc or key or chip or triple:
         settings = remote_settings(chosen, name, device, threads, rpc, key, chip, triple)
     else:

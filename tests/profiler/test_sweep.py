@@ -235,6 +235,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+def test_a_gpu_that_no_kernel_can_be_built_for_is_bad_input(command, monkeypatch):
+    blackwell = DeviceInfo(kind="cuda", name="Simulated", uuid="GPU-1", isa="sm_100")
+    monkeypatch.setattr("profiler.nvml.cuda_info", lambda index: blackwell)
+    code, out, errors = command("--config", "tiny.toml", "--device", "cuda:1")
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: --device cuda:1: ") and "sm_100" in errors
+
+
 @pytest.mark.parametrize(("failed", "code"), [([], 0), (["cuda:1"], 1)])
 def test_all_gpus_get_a_worker_each_and_one_that_fails_is_named(
     command, monkeypatch, tmp_path, failed, code
@@ -277,6 +285,21 @@ def test_energy_is_measured_of_the_shapes_that_ask_and_its_time_told_before(
     minutes = len(asked) * 30 / 60
     told = f"energy of {len(asked)} rows: some 30 s each, {minutes:.0f} min"
     assert told in capsys.readouterr().out
+
+
+def test_energy_is_asked_for_by_an_option_which_is_named_where_there_is_a_meter(
+    command, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sites.LocalSite, "energy_s", lambda site: 30.0)
+    reading = EnergyReading(1.5, 0.5, 15.0, "simulated", windows_mj=(1.4, 1.6))
+    monkeypatch.setattr(sites.LocalSite, "energy", lambda site, launch: reading)
+    hint = "energy was not asked for: --energy measures it, some 30 s a row"
+    for name, options in (("without", []), ("with", ["--energy"])):
+        _, out, _ = command("--config", "tiny.toml", "--store", f"{name}.sqlite", *options)
+        rows = rows_of(tmp_path / f"{name}.sqlite")
+        assert {row.energy_mj for row in rows} == {1.5 if options else None}
+        assert (hint in out) == (not options)
+        assert all("--energy" in row.energy_reason for row in rows if not options)
 
 
 @pytest.fixture
