@@ -94,8 +94,9 @@ class LocalSite:
 
     def kernels(self, workload: Workload, compiled: bool) -> list[tuple[str, bool]]:
         """Our lowerings and torch's baselines, with or without those of ``torch.compile``."""
+        kind = self.device.kind
         ours = [(name, False) for name in lowerings(workload, self.target)]
-        return ours + [(name, True) for name in baselines.names(workload, compiled)]
+        return ours + [(name, True) for name in baselines.names(workload, compiled, kind)]
 
     def build(self, workload: Workload, lowering: str, is_baseline: bool) -> Kernel:
         """A kernel of ours or of torch."""
