@@ -28,7 +28,7 @@ _MULTS_OF = {
 
 # Its windows are of launches back to back.
 _COLD = EnergyReading(reason="energy is measured with hot caches")
-_NOT_ASKED = "the sweep did not ask for its energy (--energy, or energy = true in its TOML)"
+_NOT_ASKED = "the sweep did not ask for its energy"
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _ratio(label: str, above: Timing, below: Timing) -> dict[str, Any]:
 def read_energy(candidate: Candidate, launch: Any, setting: Setting) -> EnergyReading:
     """Measured energy of a launch, where the sweep asks for it."""
     if candidate.workload not in setting.config.energy_workloads:
-        return EnergyReading(reason=_NOT_ASKED)
+        return EnergyReading(reason=f"{_NOT_ASKED} (--energy, or energy = true in its TOML)")
     try:
         with setting.accounting.charge("energy"):
             return setting.site.energy(launch)
@@ -166,6 +166,13 @@ def read_energy(candidate: Candidate, launch: Any, setting: Setting) -> EnergyRe
         raise
     except Exception as error:
         return EnergyReading(reason=f"energy: {reason_of(error)}")
+
+
+def lacks_energy(row: Measurement, setting: Setting) -> bool:
+    """Whether a row was measured before anybody asked for its energy, and now somebody does."""
+    return row.workload in setting.config.energy_workloads and (row.energy_reason or "").startswith(
+        _NOT_ASKED
+    )
 
 
 def failed_row(candidate: Candidate, cache: Cache, setting: Setting) -> Measurement:

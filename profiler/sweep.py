@@ -31,13 +31,13 @@ from profiler.candidates import (
     try_check,
     unfinished,
 )
-from profiler.command_line import output_folder, run
+from profiler.command_line import BadInput, output_folder, run
 from profiler.measurement import Measurement
 from profiler.model_workloads import ModelError
 from profiler.noise import measure_noise_floor
 from profiler.passes import pass_lines
 from profiler.progress import console, track
-from profiler.rows import Product, failed_row, measure, products_of
+from profiler.rows import Product, failed_row, lacks_energy, measure, products_of
 from profiler.settings import Setting, config_for, remote_settings, settings_for
 from profiler.store import Store, create_store
 from profiler.summary import (
@@ -70,15 +70,16 @@ def sweep(
     """
     setting.site.prepare()
     every = candidates(setting)
-    finished = store.finished_keys()
+    known = store.finished_keys()
+    finished = known - keys_without_energy(setting, store)
     checked = prepared(unfinished(every, setting, finished), setting)
     checked += prepared(rivals(checked, every), setting)
     products = products_of(checked, setting, finished)
     tell_energy(products, setting)
     ready()
     setting = calibrated(setting, checked)
-    store.put(*failed_rows(checked, setting, finished))
-    measure_all(products, setting, store, finished)
+    store.put(*failed_rows(checked, setting, known))
+    measure_all(products, setting, store, known)
     wanted = {key_of(c, cache, setting) for c in every for cache in setting.config.cache}
     return [row for row in store.rows() if row.key in wanted]
 
@@ -100,6 +101,13 @@ def failed_rows(
         for cache in setting.config.cache
     ]
     return [row for row in rows if row.key not in finished]
+
+
+def keys_without_energy(setting: Setting, store: Store) -> set[str]:
+    """Keys of the rows that are to be measured again for their energy."""
+    if not setting.config.energy_workloads or setting.site.energy_s() is None:
+        return set()
+    return {row.key for row in store.rows() if lacks_energy(row, setting)}
 
 
 def tell_energy(products: Sequence[Product], setting: Setting) -> None:
@@ -182,7 +190,9 @@ def work(device: str, ready: Callable[[], None], config: str, name: str, locatio
 def main(
     config: Annotated[str | None, typer.Option(help="Shipped sweep or path of a TOML.")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm model: its layers.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once, with --model.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at once, with --model; default 1.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda:N or all (every GPU).")] = "cpu",
     threads: Annotated[str | None, typer.Option(help="CPU threads, such as 1,2.")] = None,
     isa: Annotated[
@@ -206,7 +216,11 @@ def main(
     name, chosen = config_for(config, model, batch)
     if energy:
         chosen = chosen.model_copy(update={"energy": True})
+    if out is not None and store is not None:
+        raise BadInput("--out and --store: give one of them")
     if rpc or key or chip or triple:
+        if isa is not None:
+            raise BadInput(f"--isa {isa}: applies to this CPU; with --rpc, --chip says what it is")
         settings = remote_settings(chosen, name, device, threads, rpc, key, chip, triple)
     else:
         settings = settings_for(chosen, name, device, threads, isa)

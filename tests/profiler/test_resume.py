@@ -139,6 +139,16 @@ def test_cold_rows_have_no_energy_of_hot_launches(sweeps, capsys):
     assert "energy of 2 rows: some 10 s each" in capsys.readouterr().out
 
 
+def test_what_has_its_figures_is_measured_again_for_its_energy(sweeps):
+    first = sweeps(SimulatedSite(TORCHS), cache=("hot", "cold"))
+    again = SimulatedSite(TORCHS)
+    second = sweeps(again, cache=("hot", "cold"), energy=True)
+    assert again.timed == [(sorted(ALL), "hot")]
+    for key, row in second.items():
+        assert row == first[key] if row.cache == "cold" else row.energy_mj == 2.0
+    assert sweeps(again, cache=("hot", "cold"), energy=True) == second and not again.timed
+
+
 def test_energy_that_cannot_be_measured_is_a_reason(sweeps, monkeypatch):
     monkeypatch.setattr(SimulatedSite, "energy", lambda *_: 1 / 0)
     for row in sweeps(SimulatedSite(), energy=True).values():
