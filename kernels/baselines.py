@@ -9,6 +9,7 @@ import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # Read when torch.compile is first used. A pool of processes would stay behind, beside the timings.
@@ -35,15 +36,17 @@ class Baseline:
             does not apply.
         compiled: Through ``torch.compile``, at the first launch, for these sizes and this number
             of threads. Needs a C++ compiler.
+        device: ``cpu`` or ``cuda`` where it is for such devices alone.
     """
 
     pack: Callable[[Operands], tuple[Any, ...]]
     launch: Callable[..., None]
     exact: bool = True
     compiled: bool = False
+    device: str | None = None
 
 
-def _weight(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _weight(dtype: torch.dtype, operands: Operands) -> tuple[Tensor, ...]:
     parameters = operands.parameters
     assert parameters is not None
     weight, bias = parameters.weight.to(dtype), parameters.bias.to(dtype)
@@ -54,8 +57,22 @@ def _linear_fp32(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     torch.addmm(bias, x, weight, out=out)
 
 
-def _linear_bf16(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    out.copy_(torch.addmm(bias, x.bfloat16(), weight))
+def _linear_tf32(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """In the tensor cores' own format, which is a switch of the whole process.
+
+    A CUDA graph keeps the kernel that was chosen when it was captured.
+    """
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        torch.addmm(bias, x, weight, out=out)
+    finally:
+        matmul.fp32_precision = before
+
+
+def _linear_rounded(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """In the weight's type of 16 bits."""
+    out.copy_(torch.addmm(bias, x.to(weight.dtype), weight))
 
 
 def _int8_weight(operands: Operands) -> tuple[Tensor, ...]:
@@ -134,20 +151,28 @@ def _attention_baselines(kind: str, alphabet: str) -> dict[str, Baseline]:
     }
 
 
-# By form, then by name: torch.fp32 is torch's fp32, whatever the product. Compiled linears in fp32
-# and bf16 are not among them: there is nothing to fuse, and they were 1 to 7 % slower than eager's.
+_FP32, _FP16, _BF16 = (
+    partial(_weight, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)
+)
+
+# By form, then by name: torch.fp32 is torch's fp32, whatever the product. On a CPU compiled linears
+# in fp32 and bf16 are not among them: there is nothing to fuse, and they were 1 to 7 % slower than
+# eager's. On a GPU bf16 is three launches, of which two are casts that the compiler may fuse.
 BASELINES: dict[str, dict[str, Baseline]] = {
     "mult_fp32": {
-        "torch.fp32": Baseline(lambda operands: _weight(operands, torch.float32), _linear_fp32),
+        "torch.fp32": Baseline(_FP32, _linear_fp32),
+        "torch.tf32": Baseline(_FP32, _linear_tf32, exact=False, device="cuda"),
     },
     "mult_bf16": {
-        "torch.bf16": Baseline(
-            lambda operands: _weight(operands, torch.bfloat16), _linear_bf16, exact=False
+        "torch.bf16": Baseline(_BF16, _linear_rounded, exact=False),
+        "torch.fp16": Baseline(_FP16, _linear_rounded, exact=False, device="cuda"),
+        "torch.compile.bf16": Baseline(
+            _BF16, _linear_rounded, exact=False, compiled=True, device="cuda"
         ),
     },
     "mult_int8": {
         "torch.int8": Baseline(_int8_weight, _linear_int_mm, exact=False),
-        "torch.int8_dynamic": Baseline(_dynamic_weight, _linear_dynamic, exact=False),
+        "torch.int8_dynamic": Baseline(_dynamic_weight, _linear_dynamic, exact=False, device="cpu"),
         "torch.compile.int8": Baseline(
             _int8_weight, _linear_int_mm_fused, exact=False, compiled=True
         ),
@@ -161,15 +186,19 @@ BASELINES: dict[str, dict[str, Baseline]] = {
 }
 
 
-def names(workload: Workload, compiled: bool) -> list[str]:
-    """Names of torch's ways to compute a workload, with or without the compiled ones.
+def names(workload: Workload, compiled: bool, device: str) -> list[str]:
+    """Names of torch's ways to compute a workload on ``cpu`` or ``cuda``.
 
-    None where a neighbour is fused around a linear: that is compared as part of a model.
+    With or without the compiled ones. None where a neighbour is fused around a linear: that is
+    compared as part of a model.
     """
     if set(workload.fused) & set(AROUND):
         return []
-    found = BASELINES.get(workload.form, {}).items()
-    return [name for name, known in found if compiled or not known.compiled]
+    return [
+        name
+        for name, known in BASELINES.get(workload.form, {}).items()
+        if (compiled or not known.compiled) and known.device in (None, device)
+    ]
 
 
 def baseline(workload: Workload, name: str) -> Kernel:

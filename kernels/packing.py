@@ -262,25 +262,3 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     runs = packed.unflatten(-1, (-1, NIBBLE_RUN // 2))
     nibbles = torch.stack((runs & 15, runs >> 4), dim=-2).flatten(-3).int()
     return ((1 << (nibbles & 7) & 127) * (1 - 2 * (nibbles >> 3))).to(torch.int8)
-
-
-def pack_bits(codes: Tensor) -> Tensor:
-    """Packs booleans eight to a byte, the first in the lowest bit.
-
-    Args:
-        codes: bool ``(..., bits)``.
-
-    Returns:
-        uint8 ``(..., ceil(bits / 8))``.
-    """
-    bits = codes.shape[-1]
-    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -bits % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of ``pack_bits``: bool ``(..., bits)``."""
-    positions = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    spread = (packed[..., None] >> positions) & 1
-    return spread.flatten(-2)[..., :bits].bool()

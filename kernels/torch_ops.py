@@ -66,12 +66,17 @@ def last_dimension(place: int) -> Callable[..., Tensor]:
     return fake
 
 
+def _tokens_to_build_for(tokens: int, device: torch.device) -> int:
+    """On a GPU the next power of two: its schedules depend on how many tiles there are."""
+    return 1 if device.type == "cpu" else 1 << max(tokens - 1, 0).bit_length()
+
+
 @functools.cache
 def linear_kernel(
-    form: str, k: int, n: int, device: torch.device, around: tuple[str, ...] = ()
+    form: str, k: int, n: int, device: torch.device, around: tuple[str, ...] = (), tokens: int = 1
 ) -> Kernel:
-    """The kernel of a linear form for any number of tokens."""
-    workload = linear_workload(form, 1, k, n, around)
+    """The kernel of a linear form for any number of tokens, with the schedule of that many."""
+    workload = linear_workload(form, tokens, k, n, around)
     return build(workload, target=_target(device))
 
 
@@ -122,7 +127,8 @@ def _linear(
     if residual is not None:
         beside.append(residual.reshape(-1, n).contiguous())
     around = _AROUND[norm is not None, gelu, residual is not None]
-    kernel = linear_kernel(form, rows.shape[1], n, x.device, around)
+    tokens = _tokens_to_build_for(rows.shape[0], x.device)
+    kernel = linear_kernel(form, rows.shape[1], n, x.device, around, tokens)
     launch(kernel.launch, rows, *packed, *beside, out.view(-1, n))
     return out
 

@@ -16,8 +16,6 @@ from kernels.forms import AROUND, FORMS
 Primitive = Literal["mult", "shift", "add"]
 Alphabet = Literal["real", "pow2", "01", "pm1"]
 
-PRIMITIVES: tuple[str, ...] = get_args(Primitive)
-
 DTYPE_BITS: dict[str, int] = {
     "float32": 32,
     "bfloat16": 16,
@@ -26,6 +24,14 @@ DTYPE_BITS: dict[str, int] = {
     "int8": 8,
     "uint8": 8,
     "bit": 1,
+}
+
+
+# What plain JSON may say of a field, where a value of another type would fail only later.
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("x_dtype", "w_dtype", "acc_dtype", "out_dtype"), (str,)),
+    **dict.fromkeys(("exponent_min", "exponent_max"), (int, type(None))),
+    "fused": (list, tuple),
 }
 
 
@@ -223,6 +229,12 @@ class Workload:
         for name in ("primitive", "m", "k", "n"):
             if name not in data:
                 raise WorkloadError(name, "is missing")
+        for name, types in _JSON_TYPES.items():
+            if name in data and not isinstance(data[name], types):
+                raise WorkloadError(name, f"cannot be {data[name]!r}")
+        for name in data.get("fused", ()):
+            if not isinstance(name, str):
+                raise WorkloadError("fused", f"names what is done beside, got {name!r}")
         return cls(**{**data, "fused": tuple(data.get("fused", ()))})
 
 

@@ -6,7 +6,7 @@ Whatever goes wrong with one of them becomes its ``problem`` and ends as a row w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from kernels.build import Kernel, superseded
 from kernels.reference import max_abs_error, random_operands, relative_error
 from kernels.workload import Workload
 from profiler.device import DeviceError
+from profiler.measurement import reason_of, row_key
 from profiler.settings import Setting
-from profiler.store import Store, row_key
 
 # Inexact baselines round otherwise than they declare; beyond this they compute something else.
 _INEXACT_TOLERANCE = 0.1
@@ -60,19 +60,24 @@ def key_of(candidate: Candidate, cache: str, setting: Setting) -> str:
     return row_key(candidate.workload.key, candidate.lowering, cache, fingerprint)
 
 
-def missing(found: Sequence[Candidate], setting: Setting, store: Store) -> list[Candidate]:
-    """Candidates without a figure in the store."""
-    finished = store.finished_keys()
+def unfinished(
+    found: Sequence[Candidate], setting: Setting, finished: Collection[str]
+) -> list[Candidate]:
+    """Candidates without a row among the finished ones in some state of the caches."""
     caches = setting.config.cache
     return [c for c in found if not all(key_of(c, cache, setting) in finished for cache in caches)]
 
 
-def by_product(found: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Candidates that compute the same product: they are measured interleaved."""
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in found:
-        groups.setdefault(candidate.workload.product, []).append(candidate)
-    return list(groups.values())
+def rivals(checked: Sequence[Candidate], every: Sequence[Candidate]) -> list[Candidate]:
+    """All others that compute a product of which something is to be timed.
+
+    A figure is of rounds that rivals shared: one of them alone would have no ratio to any.
+    """
+    products = {candidate.workload.product for candidate in checked if not candidate.problem}
+    known = {(candidate.workload, candidate.lowering) for candidate in checked}
+    return [
+        c for c in every if c.workload.product in products and (c.workload, c.lowering) not in known
+    ]
 
 
 def try_build(candidate: Candidate, setting: Setting) -> Candidate:
@@ -86,7 +91,7 @@ def try_build(candidate: Candidate, setting: Setting) -> Candidate:
                 candidate.workload, candidate.lowering, candidate.is_baseline
             )
     except Exception as error:
-        return replace(candidate, problem=f"build: {_one_line(error)}")
+        return replace(candidate, problem=f"build: {reason_of(error)}")
     return replace(candidate, kernel=kernel)
 
 
@@ -107,7 +112,7 @@ def try_check(candidate: Candidate, setting: Setting) -> Candidate:
             if not candidate.kernel.exact:
                 within = off_by <= _INEXACT_TOLERANCE * float(out.abs().max())
     except Exception as error:
-        return replace(candidate, problem=f"launch: {_one_line(error)}")
+        return replace(candidate, problem=f"launch: {reason_of(error)}")
     problem = None
     if not within:
         problem = f"wrong: off by {off_by:.3g} from the float64 oracle (seed {seed})"
@@ -138,10 +143,5 @@ def bind_all(
         except DeviceError:
             raise
         except Exception as error:
-            failed.append(replace(candidate, problem=f"operands: {_one_line(error)}"))
+            failed.append(replace(candidate, problem=f"operands: {reason_of(error)}"))
     return launches, failed
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"[:300]

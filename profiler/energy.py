@@ -138,6 +138,7 @@ def measure_energy(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
     rng: random.Random | None = None,
+    held: int = 1,
 ) -> EnergyReading:
     """Measures the energy of a launch. The GPU or CPU has to be left alone meanwhile.
 
@@ -148,6 +149,7 @@ def measure_energy(
         clock: Time in s.
         sleep: Waits that many s.
         rng: Draws the random pauses before the windows.
+        held: Launches of the kernel that each of those holds, where it is a graph of several.
 
     Returns:
         Gross and net energy of one launch, or the reason why there is none.
@@ -164,7 +166,7 @@ def measure_energy(
             for _ in range(settings.windows):
                 # Launches in step with the sensor would show it always the same phase.
                 sleep(rng.uniform(0, meter.step_s))
-                windows.append(_window(launch, batch, meter, settings.window_s, clock))
+                windows.append(_window(launch, batch, held, meter, settings.window_s, clock))
     except Unavailable as error:
         return EnergyReading(reason=str(error))
     return _reading(windows, idle_mw, meter)
@@ -229,6 +231,7 @@ def _batch(launch: Callable[[int], None], target_s: float, clock: Callable[[], f
 def _window(
     launch: Callable[[int], None],
     batch: int,
+    held: int,
     meter: Meter,
     window_s: float,
     clock: Callable[[], float],
@@ -242,7 +245,7 @@ def _window(
     def work(number: int = batch) -> None:
         nonlocal launches
         launch(number)
-        launches += number
+        launches += number * held
 
     lead_in_end_s = clock() + meter.step_s
     while clock() < lead_in_end_s:

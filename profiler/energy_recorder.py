@@ -24,6 +24,7 @@ from profiler.energy import EnergySettings, measure_energy
 from profiler.energy_trace import ReplayMeter, Trace, load_trace, record, save_trace, summary
 from profiler.meters import NvmlCounterMeter, find_meter
 from profiler.nvml import Unavailable, cuda_info, open_probe
+from profiler.settings import gpu_indices
 
 app = typer.Typer(add_completion=False)
 
@@ -57,13 +58,13 @@ def _load(device: str) -> Callable[[], Any]:
 def _device(name: str) -> DeviceInfo:
     if name == "cpu":
         return cpu_info(threads=1)
-    index = name.removeprefix("cuda").removeprefix(":") or "0"
-    if not name.startswith("cuda") or not index.isdigit():
-        raise BadInput(f"--device {name}: must be cpu or cuda:N")
-    return cuda_info(int(index))
+    if name == "all":
+        raise BadInput("--device all: a trace is of one device")
+    (index,) = gpu_indices(name)
+    return cuda_info(index)
 
 
-def _record(path: Path, device: str, seconds: float, load: bool) -> Trace:
+def _record(device: str, seconds: float, load: bool) -> Trace:
     info = _device(device)
     try:
         read = _reader(info)
@@ -105,18 +106,26 @@ def _replayed(trace: Trace) -> str:
 @app.command(help=__doc__)
 def main(
     record_to: Annotated[Path | None, typer.Option("--record", help="CSV to write.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the recording.")] = 60.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cuda:0",
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Length of the recording; default 60.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda:N, to record; default cuda:0.")
+    ] = None,
     load: Annotated[bool, typer.Option("--load", help="Multiply matrices meanwhile.")] = False,
     show: Annotated[Path | None, typer.Option(help="CSV to sum up.")] = None,
 ) -> None:
     """Records a trace, or says what is in one."""
     if (record_to is None) == (show is None):
         raise BadInput("--record, --show: give one of them")
-    if record_to is not None:
+    if record_to is None:
+        given = {"--seconds": seconds is not None, "--device": device is not None, "--load": load}
+        for option in (name for name, there in given.items() if there):
+            raise BadInput(f"{option}: applies to --record, not to --show")
+    else:
         if not os.access(record_to.parent, os.W_OK):
             raise BadInput(f"--record {record_to}: cannot write in {record_to.parent}")
-        save_trace(_record(record_to, device, seconds, load), record_to)
+        save_trace(_record(device or "cuda:0", seconds or 60.0, load), record_to)
     path = record_to or show
     assert path is not None
     trace = load_trace(path)

@@ -17,6 +17,8 @@ from profiler.samples import CLOCK_RATE
 # Of the clocks that a device was seen at, which part is below its full one.
 _AT_BEST = 0.95
 
+Cache = Literal["hot", "cold"]
+
 
 class Measurement(BaseModel):
     """One measured figure, or the reason why there is none.
@@ -63,7 +65,7 @@ class Measurement(BaseModel):
     device: DeviceInfo
     lowering: str
     is_baseline: bool = False
-    cache: Literal["hot", "cold"] = "hot"
+    cache: Cache = "hot"
     latency_ms: float | None = Field(None, gt=0)
     latency_low_ms: float | None = None
     latency_high_ms: float | None = None
@@ -120,6 +122,12 @@ class Measurement(BaseModel):
             self.cache,
             self.device.fingerprint,
         )
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, as the reason of a row: one line of at most 300 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"[:300]
 
 
 def subject_key(kind: str, subject: str) -> str:

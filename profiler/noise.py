@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from profiler.candidates import Candidate, bind
+from profiler.candidates import Candidate, bind_all
 from profiler.ratios import noise_floor
 from profiler.settings import Setting
 
@@ -27,11 +28,14 @@ def measure_noise_floor(sound: Sequence[Candidate], setting: Setting) -> float |
     A pair is the same kernel bound twice, each time to operands of its own, and interleaved.
 
     Returns:
-        None where every pair was contended, or there was none.
+        None where every pair was contended or did not fit, or there was none.
     """
     floors = []
     for candidate in representatives(sound):
-        pair = {side: bind(candidate, setting) for side in ("first", "second")}
+        launches, _ = bind_all((candidate, replace(candidate)), setting)
+        if len(launches) < 2:
+            continue
+        pair = dict(zip(("first", "second"), launches.values()))
         with setting.accounting.charge("sampling"):
             timings = setting.site.time(pair, setting.timing, setting.config.cache[0])
         floors.append(noise_floor(timings["first"], timings["second"]))

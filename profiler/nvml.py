@@ -47,6 +47,8 @@ _THROTTLE_REASONS = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
+# Those that are somebody's choice: a clock that was set is low, and steady.
+CHOSEN_CLOCKS = frozenset({"application clocks", "display clocks"})
 
 # NVML counts FP32 cores, DeviceInfo multiprocessors.
 # Source: CUDA C++ programming guide, technical specifications by compute capability.

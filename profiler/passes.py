@@ -47,12 +47,12 @@ def pool(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
     candidates are still of what both saw at the same time.
 
     Args:
-        passes: Timings by name of each pass, one at least.
+        passes: Timings by name of each pass; a pass may have none.
 
     Returns:
         A Timing for each name.
     """
-    lengths = [max(len(timing.rounds_ms) for timing in timings.values()) for timings in passes]
+    lengths = [max((len(t.rounds_ms) for t in timings.values()), default=0) for timings in passes]
     found = {}
     for name in dict.fromkeys(chain.from_iterable(passes)):
         rounds = [timings[name].rounds_ms if name in timings else () for timings in passes]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from profiler.candidates import Candidate, bind_all
+from profiler.candidates import Candidate, bind_all, key_of
+from profiler.device import DeviceError
 from profiler.energy import EnergyReading
 from profiler.interleaved import detail_name, schedule_of
-from profiler.measurement import Measurement
+from profiler.measurement import Cache, Measurement, reason_of
 from profiler.passes import far_behind, of_a_pass, pool
 from profiler.ratios import paired_ratio
 from profiler.roofline import roofline_share
@@ -25,6 +26,10 @@ _MULTS_OF = {
     "shift_fp32": ("fp32",),
 }
 
+# Its windows are of launches back to back.
+_COLD = EnergyReading(reason="energy is measured with hot caches")
+_NOT_ASKED = "the sweep did not ask for its energy"
+
 
 @dataclass
 class Product:
@@ -32,13 +37,41 @@ class Product:
 
     Attributes:
         group: They.
+        caches: States of the caches in which they are timed.
         passes: By state of the caches, the timings of each pass.
-        energies: By state of the caches and candidate: read in the first pass.
+        energies: By candidate: read once.
     """
 
     group: Sequence[Candidate]
-    passes: dict[str, list[dict[str, Timing]]] = field(default_factory=dict)
-    energies: dict[tuple[str, str], EnergyReading] = field(default_factory=dict)
+    caches: Sequence[Cache]
+    passes: dict[Cache, list[dict[str, Timing]]] = field(default_factory=dict)
+    energies: dict[str, EnergyReading] = field(default_factory=dict)
+
+
+def products_of(
+    checked: Sequence[Candidate], setting: Setting, finished: Collection[str]
+) -> list[Product]:
+    """The products to measure: of those that can be measured, all that replace each other.
+
+    Args:
+        checked: Candidates.
+        setting: On what and how.
+        finished: Keys of rows that need not be measured again. A state of the caches in which that
+            is so of a whole product is left alone.
+    """
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in checked:
+        if not candidate.problem:
+            groups.setdefault(candidate.workload.product, []).append(candidate)
+
+    def caches(group: Sequence[Candidate]) -> list[Cache]:
+        return [
+            cache
+            for cache in setting.config.cache
+            if any(key_of(candidate, cache, setting) not in finished for candidate in group)
+        ]
+
+    return [Product(group, caches(group)) for group in groups.values()]
 
 
 def measure(product: Product, setting: Setting) -> Iterator[list[Measurement]]:
@@ -54,7 +87,7 @@ def measure(product: Product, setting: Setting) -> Iterator[list[Measurement]]:
     """
     launches, failed = bind_all(product.group, setting)
     settings = of_a_pass(setting.timing, setting.config.passes)
-    for cache in setting.config.cache:
+    for cache in product.caches:
         passes = product.passes.setdefault(cache, [])
         rivals = [candidate.name for candidate in launches if candidate.is_baseline]
         left_out = far_behind(passes[0], rivals) if passes else set()
@@ -62,17 +95,18 @@ def measure(product: Product, setting: Setting) -> Iterator[list[Measurement]]:
         with setting.accounting.charge("sampling"):
             passes.append(setting.site.time(named, settings, cache))
         by_name = pool(passes)
-        timings = {candidate: by_name[candidate.name] for candidate in launches}
-        rows = [failed_row(candidate, cache, setting) for candidate in failed]
-        for candidate, launch in launches.items():
-            key = (cache, candidate.name)
-            if key not in product.energies:
-                product.energies[key] = read_energy(candidate, launch, setting)
-            energy = product.energies[key]
+        # What found no memory this time has its timings of the passes before.
+        timings = {c: by_name[c.name] for c in product.group if c.name in by_name}
+        rows = [failed_row(c, cache, setting) for c in failed if c.name not in by_name]
+        for candidate, timing in timings.items():
+            energy = _COLD
+            if cache == "hot":
+                if candidate.name not in product.energies:
+                    launch = launches[candidate]
+                    product.energies[candidate.name] = read_energy(candidate, launch, setting)
+                energy = product.energies[candidate.name]
             details = details_of(candidate, timings, setting) | energy.details
-            rows.append(
-                finished_row(candidate, cache, timings[candidate], energy, details, setting)
-            )
+            rows.append(finished_row(candidate, cache, timing, energy, details, setting))
         yield rows
 
 
@@ -124,12 +158,24 @@ def _ratio(label: str, above: Timing, below: Timing) -> dict[str, Any]:
 def read_energy(candidate: Candidate, launch: Any, setting: Setting) -> EnergyReading:
     """Measured energy of a launch, where the sweep asks for it."""
     if candidate.workload not in setting.config.energy_workloads:
-        return EnergyReading(reason="the sweep did not ask for its energy (energy = true)")
-    with setting.accounting.charge("energy"):
-        return setting.site.energy(launch)
+        return EnergyReading(reason=f"{_NOT_ASKED} (--energy, or energy = true in its TOML)")
+    try:
+        with setting.accounting.charge("energy"):
+            return setting.site.energy(launch)
+    except DeviceError:
+        raise
+    except Exception as error:
+        return EnergyReading(reason=f"energy: {reason_of(error)}")
 
 
-def failed_row(candidate: Candidate, cache: Any, setting: Setting) -> Measurement:
+def lacks_energy(row: Measurement, setting: Setting) -> bool:
+    """Whether a row was measured before anybody asked for its energy, and now somebody does."""
+    return row.workload in setting.config.energy_workloads and (row.energy_reason or "").startswith(
+        _NOT_ASKED
+    )
+
+
+def failed_row(candidate: Candidate, cache: Cache, setting: Setting) -> Measurement:
     """A row that says why there is no figure."""
     return _row(
         candidate,
@@ -143,7 +189,7 @@ def failed_row(candidate: Candidate, cache: Any, setting: Setting) -> Measuremen
 
 def finished_row(
     candidate: Candidate,
-    cache: Any,
+    cache: Cache,
     timing: Timing,
     energy: EnergyReading,
     details: dict[str, Any],
@@ -165,7 +211,7 @@ def finished_row(
     )
 
 
-def _row(candidate: Candidate, cache: Any, setting: Setting, **figures: Any) -> Measurement:
+def _row(candidate: Candidate, cache: Cache, setting: Setting, **figures: Any) -> Measurement:
     return Measurement(
         workload=candidate.workload,
         subject=candidate.workload.label,

@@ -18,7 +18,9 @@ from scipy.special import bdtr
 # Name in ``Timing.details`` of the CPU's clock; see ``profiler.clock``.
 CLOCK_RATE = "fma_gmacs_per_s"
 
-StopReason = Literal["precision", "max_time", "contended", "too short"]
+StopReason = Literal["precision", "max_time", "contended", "too short", "failed"]
+
+_STATUS_WITHOUT_FIGURE = {"too short": "skipped", "failed": "failed"}
 
 # The fewest independent values whose median has a 95 % order-statistic interval: 1 - 2^(1-6).
 FEWEST_BURSTS = 6
@@ -109,7 +111,8 @@ class Timing:
     """What was measured of one candidate. Its figures are named as in ``Measurement``.
 
     Attributes:
-        latency_ms: Median of the kept samples, per launch; None when contended or too short.
+        latency_ms: Median of the kept samples, per launch; None when contended, too short, or if it
+            cannot be timed.
         latency_low_ms, latency_high_ms: 95 % confidence interval of that median.
         latency_p10_ms, latency_p90_ms: Percentiles of the kept samples.
         samples_kept, samples_discarded: Clean and contaminated samples.
@@ -153,7 +156,7 @@ class Timing:
         """The fields that ``Measurement`` shares, raw samples and ``status`` included."""
         own = ("details", "rounds_ms")
         shared = {name: value for name, value in vars(self).items() if name not in own}
-        missing = "skipped" if self.stop_reason == "too short" else "contended"
+        missing = _STATUS_WITHOUT_FIGURE.get(self.stop_reason, "contended")
         return shared | {"status": missing if self.latency_ms is None else "ok"}
 
 

@@ -61,19 +61,24 @@ class Setting:
         return PRESETS[self.config.timing]
 
 
-def config_for(config: str | None, model: str | None, batch: int) -> tuple[str, SweepConfig]:
-    """The sweep that was asked for: a TOML, or the layers of a model.
+def config_for(config: str | None, model: str | None, batch: int | None) -> tuple[str, SweepConfig]:
+    """The sweep that was asked for: a TOML, or the layers of a model on 1 image or a batch of them.
 
     Raises:
-        BadInput: If both were given, or the TOML is bad.
+        BadInput: If both were given, or a batch without a model, or the TOML is bad.
         ModelError: If timm does not know the model.
     """
+    if model is None and batch is not None:
+        raise BadInput(
+            f"--batch {batch}: applies to --model; a sweep's own shapes name their tokens"
+        )
     if model is None:
         return load_config(config or "quick-cpu", SWEEPS, SweepConfig)
     if config is not None:
         raise BadInput("--config and --model: give one of them")
-    shapes = dict.fromkeys(layer.shape for layer in model_layers(model, batch))
-    return f"{model}-b{batch}", SweepConfig(shapes=tuple(shapes))
+    images = 1 if batch is None else batch
+    shapes = dict.fromkeys(layer.shape for layer in model_layers(model, images))
+    return f"{model}-b{images}", SweepConfig(shapes=tuple(shapes))
 
 
 def settings_for(

@@ -13,10 +13,10 @@ from torch import Tensor
 from kernels import baselines
 from kernels.build import Kernel, build, lowerings, set_threads
 from kernels.reference import Operands
-from kernels.targets import KernelTarget, cpu_target, cuda_target
+from kernels.targets import KernelTarget, TargetError, cpu_target, cuda_target
 from kernels.workload import Workload
 from profiler.clock import clock_rate
-from profiler.device import DeviceInfo
+from profiler.device import DeviceError, DeviceInfo
 from profiler.energy import (
     EnergyReading,
     EnergySettings,
@@ -28,7 +28,7 @@ from profiler.energy import (
 from profiler.roofline import measure_launch_overheads, measure_roofs
 from profiler.samples import Timing, TimingSettings
 from profiler.timing import cache_flush, measure_interleaved
-from profiler.timing_cuda import measure_cuda
+from profiler.timing_cuda import SHORTEST_SAMPLE_MS, TorchStream, filling_graph, measure_cuda
 
 Launch = Callable[[], object]
 
@@ -94,8 +94,9 @@ class LocalSite:
 
     def kernels(self, workload: Workload, compiled: bool) -> list[tuple[str, bool]]:
         """Our lowerings and torch's baselines, with or without those of ``torch.compile``."""
+        kind = self.device.kind
         ours = [(name, False) for name in lowerings(workload, self.target)]
-        return ours + [(name, True) for name in baselines.names(workload, compiled)]
+        return ours + [(name, True) for name in baselines.names(workload, compiled, kind)]
 
     def build(self, workload: Workload, lowering: str, is_baseline: bool) -> Kernel:
         """A kernel of ours or of torch."""
@@ -144,19 +145,31 @@ class LocalSite:
             return None
 
     def energy(self, launch: Launch) -> EnergyReading:
-        """By NVML or RAPL, where they can be read."""
+        """By NVML or RAPL, where they can be read.
+
+        On a GPU of CUDA graphs, as its latency: launched one by one, short kernels leave it idle
+        for most of a window, and that would be charged to them.
+        """
         try:
             meter = find_meter(self.device)
         except Unavailable as error:
             return EnergyReading(reason=str(error))
+        if self.device.kind == "cpu":
+            return measure_energy(partial(_repeat, launch), meter, EnergySettings())
+        with torch.cuda.device(self.torch_device):
+            stream = TorchStream()
+            replay, held = filling_graph(launch, SHORTEST_SAMPLE_MS, stream)
 
-        def launches(number: int) -> None:
-            for _ in range(number):
-                launch()
-            if self.device.kind == "cuda":
-                torch.cuda.synchronize(self.torch_device)
+            def replays(number: int) -> None:
+                _repeat(replay, number)
+                stream.synchronise()
 
-        return measure_energy(launches, meter, EnergySettings())
+            return measure_energy(replays, meter, EnergySettings(), held=held)
+
+
+def _repeat(launch: Launch, number: int) -> None:
+    for _ in range(number):
+        launch()
 
 
 def cpu_site(device: DeviceInfo, chip: str | None = None) -> LocalSite:
@@ -165,5 +178,12 @@ def cpu_site(device: DeviceInfo, chip: str | None = None) -> LocalSite:
 
 
 def cuda_site(device: DeviceInfo, index: int) -> LocalSite:
-    """A GPU by CUDA's number."""
-    return LocalSite(device, cuda_target(device.isa), f"cuda:{index}")
+    """A GPU by CUDA's number.
+
+    Raises:
+        DeviceError: If no kernels can be built for its architecture.
+    """
+    try:
+        return LocalSite(device, cuda_target(device.isa), f"cuda:{index}")
+    except TargetError as error:
+        raise DeviceError(f"--device cuda:{index}: {error}") from error

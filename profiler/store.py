@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,8 @@ __all__ = [
 
 SCHEMA_VERSION = 2
 
+_STATE_MARK = "-"
+
 
 class StoreError(ValueError):
     """A store that is absent, foreign, damaged or of another version."""
@@ -45,10 +49,13 @@ _meta = sa.Table(
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("value", sa.String, nullable=False),
 )
+# A device in each of the states that it was measured in: driver, clocks and software are not in its
+# fingerprint, and change from one sweep to the next. The column holds "fingerprint-state", and just
+# the fingerprint in stores of before, whose rows are all of the first state of their device.
 _devices = sa.Table(
     "devices",
     _metadata,
-    sa.Column("fingerprint", sa.String, primary_key=True),
+    sa.Column("fingerprint", sa.String, key="device_id", primary_key=True),
     sa.Column("label", sa.String, nullable=False),
     sa.Column("info", sa.JSON, nullable=False),
 )
@@ -98,7 +105,13 @@ _measurements = sa.Table(
     "measurements",
     _metadata,
     sa.Column("key", sa.String, primary_key=True),
-    sa.Column("fingerprint", sa.String, sa.ForeignKey("devices.fingerprint"), nullable=False),
+    sa.Column(
+        "fingerprint",
+        sa.String,
+        sa.ForeignKey("devices.device_id"),
+        key="device_id",
+        nullable=False,
+    ),
     sa.Column("workload", sa.JSON),
     sa.Column("details", sa.JSON, nullable=False),
     *(sa.Column(name, _SQL_TYPES[kind]) for name, kind in _PLAIN_COLUMNS.items()),
@@ -139,12 +152,12 @@ class Store:
                 _write(connection, row)
 
     def finished_keys(self) -> set[str]:
-        """Keys of the rows with a figure: what a resumed sweep need not measure again.
+        """Keys of rows with a figure, or too short for one: those are not measured again.
 
         Raises:
             StoreError: If the database cannot be read.
         """
-        query = sa.select(_measurements.c.key).where(_measurements.c.status == "ok")
+        query = sa.select(_measurements.c.key).where(_measurements.c.status.in_(("ok", "skipped")))
         with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
             return set(connection.execute(query).scalars())
 
@@ -163,11 +176,11 @@ class Store:
             query = query.outerjoin(_samples).add_columns(*blobs)
         with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
             records = connection.execute(query).mappings().all()
-            known = connection.execute(sa.select(_devices.c.fingerprint, _devices.c.info)).all()
+            known = connection.execute(sa.select(_devices.c.device_id, _devices.c.info)).all()
         devices: dict[str, Any] = dict(known)
         for record in records:
             try:
-                device = DeviceInfo.model_validate(devices[record["fingerprint"]])
+                device = DeviceInfo.model_validate(devices[record[_measurements.c.device_id]])
                 yield _row(record, device, samples)
             except (*_DAMAGE, KeyError, zlib.error) as error:
                 raise StoreError(f"{self._location}: row {record['key']}: {error}") from error
@@ -183,6 +196,7 @@ class Store:
         with _damage(self._location, "cannot be read"), self._engine.connect() as connection:
             result = connection.execute(query)
             frame = pd.DataFrame(result.all(), columns=list(result.keys()))
+            frame["fingerprint"] = frame["fingerprint"].str.split(_STATE_MARK).str[0]
             # Else a column without any figure, such as energy, would have no type.
             return frame.astype({name: _FRAME_TYPES[kind] for name, kind in columns})
 
@@ -203,20 +217,26 @@ def _damage(location: str, meaning: str) -> Iterator[None]:
         raise StoreError(f"{location}: {meaning} ({cause})") from error
 
 
+def _device_id(device: DeviceInfo) -> str:
+    facts = json.dumps(device.model_dump(), sort_keys=True)
+    state = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    return f"{device.fingerprint}{_STATE_MARK}{state}"
+
+
 def _write(connection: sa.Connection, row: Measurement) -> None:
-    fingerprint = row.device.fingerprint
-    known = sa.select(_devices.c.fingerprint).where(_devices.c.fingerprint == fingerprint)
+    device_id = _device_id(row.device)
+    known = sa.select(_devices.c.device_id).where(_devices.c.device_id == device_id)
     if connection.execute(known).first() is None:
         info = row.device.model_dump()
         connection.execute(
-            _devices.insert().values(fingerprint=fingerprint, label=row.device.label, info=info)
+            _devices.insert().values(device_id=device_id, label=row.device.label, info=info)
         )
     connection.execute(_samples.delete().where(_samples.c.key == row.key))
     connection.execute(_measurements.delete().where(_measurements.c.key == row.key))
     connection.execute(
         _measurements.insert().values(
             key=row.key,
-            fingerprint=fingerprint,
+            device_id=device_id,
             workload=row.workload.to_dict() if row.workload else None,
             details=dict(row.details),
             **{name: getattr(row, name) for name in _PLAIN_COLUMNS},
@@ -256,8 +276,8 @@ def _decompress(blob: bytes) -> list[float]:
     return np.frombuffer(zlib.decompress(blob), dtype="<f8").tolist()
 
 
-def _url(location: str) -> str:
-    return location if "://" in location else f"sqlite:///{location}"
+def _url(location: str) -> str | sa.URL:
+    return location if "://" in location else sa.URL.create("sqlite", database=location)
 
 
 def _engine(location: str) -> sa.Engine:

@@ -12,7 +12,7 @@ An interrupted sweep goes on where it stopped: run the same command again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,20 +24,20 @@ import typer
 from profiler.accounting import process_age_s
 from profiler.candidates import (
     Candidate,
-    by_product,
     candidates,
     key_of,
-    missing,
+    rivals,
     try_build,
     try_check,
+    unfinished,
 )
-from profiler.command_line import output_folder, run
+from profiler.command_line import BadInput, output_folder, run
 from profiler.measurement import Measurement
 from profiler.model_workloads import ModelError
 from profiler.noise import measure_noise_floor
 from profiler.passes import pass_lines
 from profiler.progress import console, track
-from profiler.rows import Product, measure
+from profiler.rows import Product, failed_row, lacks_energy, measure, products_of
 from profiler.settings import Setting, config_for, remote_settings, settings_for
 from profiler.store import Store, create_store
 from profiler.summary import (
@@ -70,25 +70,62 @@ def sweep(
     """
     setting.site.prepare()
     every = candidates(setting)
-    todo = missing(every, setting, store)
-    built = list(track("build", todo, partial(try_build, setting=setting)))
-    checked = list(track("check", built, partial(try_check, setting=setting)))
-    tell_energy(checked, setting)
+    known = store.finished_keys()
+    finished = known - keys_without_energy(setting, store)
+    checked = prepared(unfinished(every, setting, finished), setting)
+    checked += prepared(rivals(checked, every), setting)
+    products = products_of(checked, setting, finished)
+    tell_energy(products, setting)
     ready()
     setting = calibrated(setting, checked)
-    measure_all(by_product(checked), setting, store)
+    store.put(*failed_rows(checked, setting, known))
+    measure_all(products, setting, store, known)
     wanted = {key_of(c, cache, setting) for c in every for cache in setting.config.cache}
     return [row for row in store.rows() if row.key in wanted]
 
 
-def tell_energy(checked: Sequence[Candidate], setting: Setting) -> None:
+def prepared(todo: Sequence[Candidate], setting: Setting) -> list[Candidate]:
+    """Builds all of them, then checks all."""
+    built = list(track("build", todo, partial(try_build, setting=setting)))
+    return list(track("check", built, partial(try_check, setting=setting)))
+
+
+def failed_rows(
+    checked: Sequence[Candidate], setting: Setting, finished: Collection[str]
+) -> list[Measurement]:
+    """Rows of what cannot be measured; a finished row is never given up for one."""
+    rows = [
+        failed_row(candidate, cache, setting)
+        for candidate in checked
+        if candidate.problem
+        for cache in setting.config.cache
+    ]
+    return [row for row in rows if row.key not in finished]
+
+
+def keys_without_energy(setting: Setting, store: Store) -> set[str]:
+    """Keys of the rows that are to be measured again for their energy."""
+    if not setting.config.energy_workloads or setting.site.energy_s() is None:
+        return set()
+    return {row.key for row in store.rows() if lacks_energy(row, setting)}
+
+
+def tell_energy(products: Sequence[Product], setting: Setting) -> None:
     """Says beforehand how long the energy windows will take, if there are to be any."""
-    wanted = [c for c in checked if c.workload in setting.config.energy_workloads and not c.problem]
+    found = [c for product in products if "hot" in product.caches for c in product.group]
+    wanted = [c for c in found if c.workload in setting.config.energy_workloads]
     each_s = setting.site.energy_s() if wanted else None
     if each_s is not None:
-        number = len(wanted) * len(setting.config.cache)
-        minutes = number * each_s / 60
-        console.print(f"energy of {number} rows: some {each_s:.0f} s each, {minutes:.0f} min")
+        minutes = len(wanted) * each_s / 60
+        console.print(f"energy of {len(wanted)} rows: some {each_s:.0f} s each, {minutes:.0f} min")
+
+
+def unasked_energy_lines(setting: Setting) -> list[str]:
+    """That the device has a meter that the sweep made no use of."""
+    each_s = None if setting.config.energy_workloads else setting.site.energy_s()
+    if each_s is None:
+        return []
+    return [f"energy was not asked for: --energy measures it, some {each_s:.0f} s a row"]
 
 
 def calibrated(setting: Setting, checked: Sequence[Candidate]) -> Setting:
@@ -103,13 +140,15 @@ def calibrated(setting: Setting, checked: Sequence[Candidate]) -> Setting:
     return replace(setting, roofs=roofs, launch_overheads=overheads, noise_floor=floor)
 
 
-def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -> None:
+def measure_all(
+    products: Sequence[Product], setting: Setting, store: Store, finished: Collection[str]
+) -> None:
     """Measures every product in several passes that lie some time apart, and stores its rows.
 
     A block of products is gone through time and again, then the next: rows get better with each
-    pass, and what an interrupted sweep has stored counts as measured.
+    pass, and what an interrupted sweep has stored counts as measured. A finished row is never given
+    up for one without a figure.
     """
-    products = [Product(group) for group in groups]
     steps = [
         product
         for first in range(0, len(products), _BLOCK)
@@ -118,7 +157,7 @@ def measure_all(groups: list[list[Candidate]], setting: Setting, store: Store) -
     ]
     for states in track("measure", steps, partial(measure, setting=setting)):
         for rows in states:
-            store.put(*rows)
+            store.put(*(row for row in rows if row.status == "ok" or row.key not in finished))
 
 
 def report(
@@ -134,7 +173,7 @@ def report(
     for line in problems(rows):
         console.print(line, style="yellow", markup=False)
     said = [*headlines(rows), *own_mult_lines(rows), *overhead_lines(rows), noise_line(rows)]
-    for line in [*said, *pass_lines(rows), *shared_lines(rows)]:
+    for line in [*said, *pass_lines(rows), *shared_lines(rows), *unasked_energy_lines(setting)]:
         console.print(line, markup=False, highlight=False)
     return [row for row in rows if row.key not in known]
 
@@ -151,12 +190,17 @@ def work(device: str, ready: Callable[[], None], config: str, name: str, locatio
 def main(
     config: Annotated[str | None, typer.Option(help="Shipped sweep or path of a TOML.")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm model: its layers.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once, with --model.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at once, with --model; default 1.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda:N or all (every GPU).")] = "cpu",
     threads: Annotated[str | None, typer.Option(help="CPU threads, such as 1,2.")] = None,
     isa: Annotated[
         str | None, typer.Option(help="Build for less than this CPU has: avx2 or avx512f.")
     ] = None,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Measure energy too, where the device has a meter.")
+    ] = False,
     rpc: Annotated[str | None, typer.Option(help="HOST:PORT of TVM's RPC tracker.")] = None,
     key: Annotated[str | None, typer.Option(help="The device's key there, with --rpc.")] = None,
     chip: Annotated[
@@ -170,7 +214,13 @@ def main(
 ) -> None:
     """Reads top to bottom as the story of a sweep."""
     name, chosen = config_for(config, model, batch)
+    if energy:
+        chosen = chosen.model_copy(update={"energy": True})
+    if out is not None and store is not None:
+        raise BadInput("--out and --store: give one of them")
     if rpc or key or chip or triple:
+        if isa is not None:
+            raise BadInput(f"--isa {isa}: applies to this CPU; with --rpc, --chip says what it is")
         settings = remote_settings(chosen, name, device, threads, rpc, key, chip, triple)
     else:
         settings = settings_for(chosen, name, device, threads, isa)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kernels.forms import FORMS
 from kernels.workload import Workload, attention, linear
+from profiler.measurement import Cache
 from profiler.samples import PRESETS
 
 # Kernels count with 32 bits.
@@ -88,7 +89,7 @@ class SweepConfig(BaseModel):
     description: str = ""
     forms: tuple[str, ...] = Field(LINEAR_FORMS, min_length=1)
     threads: tuple[Size, ...] = ()
-    cache: tuple[Literal["hot", "cold"], ...] = Field(("hot",), min_length=1)
+    cache: tuple[Cache, ...] = Field(("hot",), min_length=1)
     timing: str = "standard"
     passes: Annotated[int, Field(ge=1, le=9)] = 2
     energy: bool = False

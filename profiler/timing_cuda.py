@@ -17,14 +17,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from itertools import repeat
 from typing import Protocol
 
 from profiler.contamination import NO_CONTAMINATION
-from profiler.nvml import Probe, Unavailable, open_probe
-from profiler.samples import PRESETS, Timing, TimingSettings
+from profiler.measurement import reason_of
+from profiler.nvml import CHOSEN_CLOCKS, Probe, Unavailable, open_probe
+from profiler.samples import PRESETS, StopReason, Timing, TimingSettings
 from profiler.timing import (
     Candidate,
     Facts,
@@ -162,6 +162,7 @@ class Governor:
         self._sleep = sleep
         self._clocks_mhz: list[float] = []
         self._reasons: set[str] = set()
+        self._is_held_down = False
         try:
             self._full_mhz = probe.full_sm_clock_mhz() if probe else 0.0
         except Unavailable:
@@ -181,17 +182,26 @@ class Governor:
         if mhz is None or self._probe is None:
             return
         self._clocks_mhz.append(mhz)
-        with suppress(Unavailable):
-            self._reasons.update(self._probe.throttle_reasons())
+        is_low = mhz < LEAST_CLOCK_SHARE * self._full_mhz
+        try:
+            reasons = set(self._probe.throttle_reasons())
+        except Unavailable:
+            self._is_held_down = is_low
+        else:
+            self._reasons |= reasons
+            self._is_held_down = is_low and bool(reasons - CHOSEN_CLOCKS)
 
     def throttled(self) -> bool | None:
-        """Whether the clock was too low at the last look; if so, lets the GPU recover."""
+        """Whether something held the clock too low at the last look; if so, lets the GPU recover.
+
+        A clock that was locked is at its best however low: nothing but a choice holds it there.
+        Where the reasons cannot be read, the clock alone decides.
+        """
         if self._probe is None:
             return None
-        too_low = self._clocks_mhz[-1] < LEAST_CLOCK_SHARE * self._full_mhz
-        if too_low:
+        if self._is_held_down:
             self._sleep(RECOVERY_S)
-        return too_low
+        return self._is_held_down
 
     def facts(self) -> Facts:
         """Median clock and all throttle reasons that were seen; None where nothing was."""
@@ -211,9 +221,37 @@ def _candidate(
     stream: Stream,
     clock: Callable[[], float],
 ) -> Candidate | Timing:
-    """A candidate, or the Timing that says why it cannot be one."""
+    """A candidate, or the Timing that says why it cannot be one.
+
+    A graph may not be captured, or find no memory: that is this candidate's affair alone.
+    """
+    try:
+        return _prepared(launch, settings, flush, governor, stream, clock)
+    except Exception as error:
+        return _without_figure("failed", f"clock: {reason_of(error)}")
+
+
+def _without_figure(stop_reason: StopReason, reason: str, facts: Facts | None = None) -> Timing:
+    return Timing(
+        latency_ms=None,
+        samples_kept=0,
+        samples_discarded=0,
+        stop_reason=stop_reason,
+        reason=reason,
+        details=facts or {},
+    )
+
+
+def _prepared(
+    launch: Launch,
+    settings: TimingSettings,
+    flush: Launch | None,
+    governor: Governor,
+    stream: Stream,
+    clock: Callable[[], float],
+) -> Candidate | Timing:
     overhead_ms = _enqueue_ms(launch, stream, clock)
-    hot, hot_number = _filling_graph(launch, max(settings.sample_ms, SHORTEST_SAMPLE_MS), stream)
+    hot, hot_number = filling_graph(launch, max(settings.sample_ms, SHORTEST_SAMPLE_MS), stream)
 
     def warm() -> float:
         return stream.elapsed_ms(_nothing, hot, _nothing) / hot_number
@@ -226,14 +264,11 @@ def _candidate(
     hot_ms = stream.elapsed_ms(hot, hot, _nothing) / hot_number
     facts: Facts = {"launch_overhead_ms": overhead_ms, "plateaued": plateaued}
     if flush and hot_ms < SHORTEST_SINGLE_MS:
-        return Timing(
-            latency_ms=None,
-            samples_kept=0,
-            samples_discarded=0,
-            stop_reason="too short",
-            reason=f"too short to be timed singly: {hot_ms * 1e3:.1f} µs hot, "
+        return _without_figure(
+            "too short",
+            f"too short to be timed singly: {hot_ms * 1e3:.1f} µs hot, "
             f"and an event resolves {EVENT_RESOLUTION_MS * 1e3} µs",
-            details=facts,
+            facts,
         )
     number = 1 if flush else hot_number
     run = stream.capture(launch, 1) if flush else hot
@@ -276,7 +311,7 @@ def _enqueue_ms(launch: Launch, stream: Stream, clock: Callable[[], float]) -> f
     return least_ms
 
 
-def _filling_graph(launch: Launch, sample_ms: float, stream: Stream) -> tuple[Launch, int]:
+def filling_graph(launch: Launch, sample_ms: float, stream: Stream) -> tuple[Launch, int]:
     """A graph that takes about ``sample_ms``, and how many launches it holds."""
     number = 1
     while True:

@@ -297,7 +297,9 @@ def records_file(out: Path | None, chip: str) -> Path:
 def main(
     config: Annotated[str | None, typer.Option(help="Shipped sweep or path of a TOML.")] = None,
     model: Annotated[str | None, typer.Option(help="Any timm model: its layers.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once, with --model.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at once, with --model; default 1.")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu: a GPU's kernels have no schedules yet.")
     ] = "cpu",

@@ -83,7 +83,7 @@ def test_what_cannot_do_a_neighbour_is_not_offered():
     assert lowerings(workload, replace(cpu_target(), amx=False)) == ["shift.dot"]
     assert lowerings(workload, replace(cpu_target(), amx=True)) == ["shift.amx_dot", "shift.dot"]
     assert lowerings(workload, cuda_target("sm_90")) == []
-    assert names(workload, compiled=True) == []
+    assert names(workload, compiled=True, device="cpu") == []
     with pytest.raises(WorkloadError, match="residual"):
         linear("shift_int8", 4, 8, 8, ("softmax",))
 
@@ -239,8 +239,35 @@ def test_baselines_compute_the_same_product(form, name):
 
 def test_compiled_baselines_are_left_out_unless_asked_for():
     workload = linear("mult_int8", 1, 2, 3)
-    assert names(workload, compiled=False) == ["torch.int8", "torch.int8_dynamic"]
-    assert names(workload, compiled=True)[-1] == "torch.compile.int8"
+    assert names(workload, False, "cpu") == ["torch.int8", "torch.int8_dynamic"]
+    assert names(workload, True, "cpu")[-1] == "torch.compile.int8"
+
+
+@pytest.mark.parametrize(
+    ("form", "cpu", "cuda"),
+    [
+        ("mult_fp32", ["fp32"], ["fp32", "tf32"]),
+        ("mult_bf16", ["bf16"], ["bf16", "fp16", "compile.bf16"]),
+        ("mult_int8", ["int8", "int8_dynamic", "compile.int8"], ["int8", "compile.int8"]),
+    ],
+)
+def test_a_device_has_the_rivals_that_its_users_would_pick(form, cpu, cuda):
+    workload = linear(form, 1, 2, 3)
+    for device, expected in (("cpu", cpu), ("cuda", cuda)):
+        assert names(workload, True, device) == [f"torch.{name}" for name in expected]
+
+
+def test_tf32_is_switched_on_for_its_own_launch_alone(monkeypatch):
+    precision, seen = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(
+        torch, "addmm", lambda *_, out: seen.append(precision.fp32_precision) or out.zero_()
+    )
+    before = precision.fp32_precision
+    workload = linear("mult_fp32", 4, 8, 8)
+    operands = random_operands(workload)
+    for name in ("torch.fp32", "torch.tf32", "torch.fp32"):
+        baseline(workload, name)(operands)
+    assert seen == [before, "tf32", before] and precision.fp32_precision == before
 
 
 def test_unknown_names_are_refused():

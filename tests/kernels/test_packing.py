@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,15 +22,6 @@ def test_panels_round_trip(n, k, group, seed):
     assert panels.shape == (-(-n // 32), -(-k // group), 32 * group)
     assert torch.equal(packing.unpack_panels(panels, n, k), w)
     assert torch.isclose(panels.double().sum(), w.double().sum()), "padding must be zero"
-
-
-@given(st.integers(1, 40), seeds)
-@settings(max_examples=30)
-def test_bits_round_trip_as_numpy_packs_them(bits, seed):
-    codes = _normal(seed, 3, bits) > 0
-    packed = packing.pack_bits(codes)
-    assert np.array_equal(packed.numpy(), np.packbits(codes.numpy(), axis=-1, bitorder="little"))
-    assert torch.equal(packing.unpack_bits(packed, bits), codes)
 
 
 @pytest.mark.parametrize("exponent", range(-15, 1))

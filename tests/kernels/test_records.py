@@ -62,6 +62,9 @@ def test_records_round_trip_and_the_last_of_a_key_counts(tmp_path):
     assert RECORD.speedup == 1.5
 
 
+FAMILY = RECORD.family.to_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -72,6 +75,11 @@ def test_records_round_trip_and_the_last_of_a_key_counts(tmp_path):
         ({"schedule": {"tile_rows": "9"}}, "schedule: "),
         ({"tokens": 0}, "tokens: 0 cannot be"),
         ({"family": {"primitive": "mult"}}, "m: is missing"),
+        ({"family": FAMILY | {"fused": 5}}, "fused: cannot be 5"),
+        ({"family": FAMILY | {"fused": ["a", 1]}}, "fused: "),
+        ({"family": FAMILY | {"fused": [["a"]]}}, "fused: "),
+        ({"family": FAMILY | {"x_dtype": []}}, "x_dtype: cannot be []"),
+        ({"family": FAMILY | {"exponent_min": "x"}}, "exponent_min: cannot be 'x'"),
         ({"colour": 1}, "colour: is no field"),
     ],
 )

@@ -3,12 +3,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import kernels.build
 from kernels import torch_ops
+from kernels.build import LOWERINGS
 from kernels.forms import FORMS as EVERY_FORM
 from kernels.operators import operator
 from kernels.packing import pack_linear, quantise_rows, quantise_weight
 from kernels.reference import Operands, oracle
-from kernels.workload import attention
+from kernels.targets import cuda_target
+from kernels.workload import attention, linear
 
 FORMS = [name for name, form in EVERY_FORM.items() if form["w_layout"] == "nk"]
 
@@ -90,6 +93,32 @@ def test_a_compiled_model_calls_the_operator_without_a_break():
 def test_kernels_are_kept():
     first = torch_ops.linear_kernel("mult_fp32", 20, 12, torch.device("cpu"))
     assert torch_ops.linear_kernel("mult_fp32", 20, 12, torch.device("cpu")) is first
+
+
+def test_a_gpus_linears_have_the_schedule_of_so_many_tokens(monkeypatch):
+    """On tensors without content and a kernel that is none."""
+    target, launched = cuda_target("sm_90"), []
+
+    def program(lowering, family, target, schedule):
+        return {"main": tuple(schedule.items())}
+
+    monkeypatch.setattr(kernels.build, "compiled", program)
+    monkeypatch.setattr(kernels.build, "_on_gpu", lambda main, memory: main)
+    monkeypatch.setattr(kernels.build, "_also_without_tokens", lambda main: main)
+    monkeypatch.setattr(torch_ops, "_target", lambda device: target)
+    monkeypatch.setattr(torch_ops, "launch", lambda main, *arguments: launched.append(dict(main)))
+    packed = [t.to("meta") for t in pack_linear(_layer("shift_int8", 512, 64))]
+    torch_ops.linear_kernel.cache_clear()
+    try:
+        for tokens in (0, 1, 300, 25088):
+            torch_ops._linear(torch.empty(tokens, 512, device="meta"), packed, "shift_int8", 64)
+    finally:
+        torch_ops.linear_kernel.cache_clear()
+    few, many = (
+        LOWERINGS["shift.cuda_dot"].default_schedule(linear("shift_int8", m, 512, 64), target)
+        for m in (1, 25088)
+    )
+    assert few != many and launched == [few, few, few, many]
 
 
 def test_a_long_sequence_of_few_heads_gives_the_same_on_two_threads():

@@ -22,6 +22,7 @@ class SimulatedStream:
     probe_fails_at_s: float = float("inf")
     host_s: float = 0.0
     gpu_s: float = 0.0
+    busy_s: float = 0.0
     slept_s: float = 0.0
     l2_is_warm: bool = False
     capturing: list | None = None
@@ -48,7 +49,9 @@ class SimulatedStream:
 
     def _work(self, cost_s):
         self.gpu_s = max(self.gpu_s, self.host_s)
-        self.gpu_s += cost_s * FULL_MHZ / self.mhz_at(self.gpu_s)
+        taken_s = cost_s * FULL_MHZ / self.mhz_at(self.gpu_s)
+        self.gpu_s += taken_s
+        self.busy_s += taken_s
 
     # Stream
 

@@ -1,16 +1,22 @@
 """Energy against simulated devices whose true joules are known; no real reading is taken."""
 
 import re
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_gpu import SimulatedGpu, SimulatedSensor
+from simulated_stream import SimulatedStream
 
+from profiler import sites
+from profiler.device import DeviceInfo
 from profiler.energy import (
     EnergyReading,
     EnergySettings,
     NvmlCounterMeter,
+    measure_energy,
     measuring_s,
 )
 from profiler.nvml import Unavailable
@@ -59,6 +65,42 @@ def test_only_launches_inside_the_windows_are_counted():
     # Counting the lead-in would show as 5 % too little energy.
     assert gpu.launched * gpu.launch_s > reading.window_s
     assert reading.energy_mj == pytest.approx(300 * 0.01 * 1e3, rel=0.01)
+
+
+class StreamMeter:
+    """Of a simulated stream: 100 W idle, 400 W at work, in steps of 20 ms."""
+
+    name, step_s, check = "simulated", 0.02, None
+
+    def __init__(self, stream):
+        self.stream, self.shown = stream, (-1, 0.0)
+
+    def sampling(self):
+        return nullcontext()
+
+    def read_mj(self):
+        step = int(self.stream.host_s / self.step_s)
+        if step != self.shown[0]:
+            joules = 100 * self.stream.host_s + 300 * self.stream.busy_s
+            self.shown = (step, joules * 1e3)
+        return self.shown[1]
+
+
+def test_a_gpus_energy_is_of_graphs_and_not_of_the_gaps_between_launches(monkeypatch):
+    """Launched one by one this kernel of 10 µs would leave the GPU idle for 5/6 of the time."""
+    stream = SimulatedStream(enqueue_s=60e-6)
+    device = DeviceInfo(kind="cuda", name="Simulated", uuid="GPU-1", isa="sm_90")
+    quick = EnergySettings(windows=2, window_s=0.4, idle_s=0.1)
+    simulated = partial(measure_energy, clock=stream.clock, sleep=stream.sleep)
+    monkeypatch.setattr(sites, "TorchStream", lambda: stream)
+    monkeypatch.setattr(sites, "find_meter", lambda device: StreamMeter(stream))
+    monkeypatch.setattr(sites, "EnergySettings", lambda: quick)
+    monkeypatch.setattr(sites, "measure_energy", simulated)
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    site = sites.cuda_site(device, 0)
+    reading = site.energy(stream.kernel(10e-6))
+    assert reading.energy_mj == pytest.approx(400 * 10e-6 * 1e3, rel=0.05)
+    assert reading.energy_net_mj == pytest.approx(300 * 10e-6 * 1e3, rel=0.05)
 
 
 def test_a_load_that_draws_no_more_than_idle_has_no_net_figure():

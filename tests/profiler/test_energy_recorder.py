@@ -20,7 +20,8 @@ def command(monkeypatch, tmp_path, capsys):
         patch(energy_recorder, "find_meter", lambda device: find_meter(device, nvml))
         patch(energy_recorder, "open_probe", lambda uuid: open_probe(uuid, nvml))
         path = tmp_path / "trace.csv"
-        patch("sys.argv", ["energy", "--record", str(path), "--seconds", "0.3", *options])
+        recorded = ["--record", str(path), "--seconds", "0.3"]
+        patch("sys.argv", ["energy", *(() if "--show" in options else recorded), *options])
         with pytest.raises(SystemExit) as exit_:
             energy_recorder.run(energy_recorder.app)
         return exit_.value.code, path, capsys.readouterr()
@@ -75,3 +76,20 @@ def test_unavailable_is_a_reason_and_no_traceback(command):
     assert code == 2
     assert "MIG: the counter covers the whole GPU" in written.err
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--show", "x.csv", "--load"], "--load"),
+        (["--show", "x.csv", "--seconds", "3"], "--seconds"),
+        (["--show", "x.csv", "--device", "cpu"], "--device"),
+        (["--device", "all"], "--device all"),
+        (["--device", "cuda:²"], "--device cuda:²"),
+        (["--device", "tpu"], "--device tpu"),
+    ],
+)
+def test_an_option_that_cannot_apply_is_bad_input(command, options, named):
+    code, path, written = command(H100, *options)
+    assert code == 2 and not list(path.parent.iterdir())
+    assert written.err.startswith(f"error: {named}") and written.err.count("\n") == 1

@@ -66,6 +66,21 @@ def test_the_floor_is_the_largest_of_all_pairs_and_each_side_has_its_operands():
     assert len(site.bound) == len({id(operands) for operands in site.bound}) == 6
 
 
+def test_what_finds_no_memory_twice_is_no_pair():
+    pairs = dict.fromkeys(("mult", "shift", "add"), (timing(*[1.0] * 6), timing(*[1.02] * 6)))
+    site = SimulatedSite(pairs)
+    bind = site.bind
+
+    def bound(kernel, operands):
+        if kernel == "shift" and len(site.bound) == 3:
+            raise RuntimeError("CUDA out of memory")
+        return bind(kernel, operands)
+
+    site.bind = bound
+    floor = measure_noise_floor(FOUND, Setting(site, CONFIG, "simulated"))
+    assert floor == pytest.approx(noise_floor(*pairs["mult"])) and len(site.bound) == 5
+
+
 def test_without_a_clean_pair_there_is_no_floor():
     contended = dict.fromkeys(("mult", "shift", "add"), (timing(), timing()))
     setting = Setting(SimulatedSite(contended), CONFIG, "simulated")

@@ -107,6 +107,11 @@ def test_one_that_could_not_be_bound_once_is_still_one():
     assert found["a"].details[PASSES] == 2 and found["b"].details[PASSES] == 1
 
 
+def test_of_nothing_there_is_nothing():
+    assert pool([{}]) == {}
+    assert pool([{}, {"a": timing(1.0)}])["a"].details[PASSES] == 1
+
+
 def test_a_rival_far_behind_another_is_measured_once(contended):
     first = {"ours": timing(0.1), "a": timing(1.0), "b": timing(3.0), "slow": timing(5.0)}
     assert far_behind(first, ["a", "b", "slow"]) == {"slow"}

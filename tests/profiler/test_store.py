@@ -2,6 +2,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -172,6 +173,49 @@ def test_what_differs_in_its_identity_is_kept_beside(store, other):
     store.put(row())
     store.put(row(**other))
     assert len(list(store.rows())) == 2
+
+
+LATER = DEVICE.model_copy(update={"driver": "580", "software": {"torch": "2.14"}})
+
+
+def test_a_row_keeps_the_state_that_its_device_was_in(store):
+    written = [row(lowering="a"), row(lowering="b", device=LATER), row(lowering="c", device=LATER)]
+    store.put(*written)
+    assert list(store.rows()) == sorted(written, key=lambda each: each.key)
+    store.put(again := row(lowering="a", device=LATER))
+    assert again in list(store.rows()) and len(list(store.rows())) == 3
+    assert DEVICE.fingerprint == LATER.fingerprint
+    assert set(store.frame()["fingerprint"]) == {DEVICE.fingerprint}
+    assert len(store.frame()) == 3
+
+
+def test_a_store_of_before_is_read_and_added_to(tmp_path):
+    """It has one state a device, keyed by the fingerprint alone."""
+    path = tmp_path / "old.sqlite"
+    with closing(create_store(path)) as store:
+        store.put(first := row(lowering="a"))
+    with closing(sqlite3.connect(path)) as old, old:
+        for table in ("devices", "measurements"):
+            old.execute(f"UPDATE {table} SET fingerprint = ?", (DEVICE.fingerprint,))
+    with closing(open_store(path)) as store:
+        assert list(store.rows()) == [first]
+        assert store.finished_keys() == {first.key}
+        store.put(second := row(lowering="b", device=LATER))
+        assert {each.lowering: each.device for each in store.rows()} == {
+            "a": DEVICE,
+            "b": second.device,
+        }
+        assert set(store.frame()["fingerprint"]) == {DEVICE.fingerprint}
+
+
+def test_a_path_may_look_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd?x=1").mkdir()
+    with closing(create_store("odd?x=1/a%20b.sqlite")) as store:
+        store.put(written := row())
+    assert [path.name for path in tmp_path.iterdir()] == ["odd?x=1"]
+    with closing(open_store("odd?x=1/a%20b.sqlite")) as store:
+        assert list(store.rows()) == [written]
 
 
 def test_the_frame_can_be_queried_by_form_and_device(store):

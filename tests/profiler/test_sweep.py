@@ -128,7 +128,7 @@ def test_a_shift_is_set_against_our_own_mults_of_its_width(command, tmp_path):
     assert "our own mult, int8" in out and "our own mult, int7" in out
 
 
-def test_a_second_sweep_measures_only_what_is_missing(command, tmp_path):
+def test_a_second_sweep_measures_only_the_product_that_lacks_a_figure(command, tmp_path):
     command("--config", "tiny.toml", "--store", "a.sqlite")
     first = rows_of(tmp_path / "a.sqlite")
     store = open_store(tmp_path / "a.sqlite")
@@ -140,8 +140,11 @@ def test_a_second_sweep_measures_only_what_is_missing(command, tmp_path):
     assert code == 0 and "1 rows measured" in out
     assert {row.key for row in second} == {row.key for row in first}
     assert all(row.status == "ok" for row in second)
-    untouched = [row for row in second if row.key != first[0].key]
-    assert untouched == first[1:]
+    product = first[0].workload.product
+    before, after = (
+        [row for row in rows if row.workload.product != product] for rows in (first, second)
+    )
+    assert before and after == before
 
 
 def test_hot_and_cold_are_rows_of_their_own(tmp_path):
@@ -218,6 +221,9 @@ def test_operands_too_large_for_memory_are_a_reason(monkeypatch, tmp_path):
         (["--rpc", "127.0.0.1:1", "--key", "rasp5"], "127.0.0.1:1: is no RPC tracker"),
         (["--rpc", "127.0.0.1:99999", "--key", "rasp5"], "127.0.0.1:99999"),
         (["--rpc", "127.0.0.1:1", "--key", "rasp5", "--device", "cuda:0"], "--device cuda:0"),
+        (["--rpc", "127.0.0.1:1", "--key", "rasp5", "--isa", "avx2"], "--isa avx2"),
+        (["--batch", "8"], "--batch 8: applies to --model"),
+        (["--out", "run", "--store", "a.sqlite"], "--out and --store"),
         (["--model", "no_such_net"], "no_such_net"),
         (["--model", "pvt_v2_b0", "--config", "pvt"], "--config and --model"),
         (["--store", "sqlite:///no/such/folder/a.sqlite"], "no/such/folder"),
@@ -230,6 +236,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, monkeypatch
     assert (code, out) == (2, "")
     assert named in errors and errors.startswith("error: ") and errors.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_a_gpu_that_no_kernel_can_be_built_for_is_bad_input(command, monkeypatch):
+    blackwell = DeviceInfo(kind="cuda", name="Simulated", uuid="GPU-1", isa="sm_100")
+    monkeypatch.setattr("profiler.nvml.cuda_info", lambda index: blackwell)
+    code, out, errors = command("--config", "tiny.toml", "--device", "cuda:1")
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: --device cuda:1: ") and "sm_100" in errors
 
 
 @pytest.mark.parametrize(("failed", "code"), [([], 0), (["cuda:1"], 1)])
@@ -274,6 +288,21 @@ def test_energy_is_measured_of_the_shapes_that_ask_and_its_time_told_before(
     minutes = len(asked) * 30 / 60
     told = f"energy of {len(asked)} rows: some 30 s each, {minutes:.0f} min"
     assert told in capsys.readouterr().out
+
+
+def test_energy_is_asked_for_by_an_option_which_is_named_where_there_is_a_meter(
+    command, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sites.LocalSite, "energy_s", lambda site: 30.0)
+    reading = EnergyReading(1.5, 0.5, 15.0, "simulated", windows_mj=(1.4, 1.6))
+    monkeypatch.setattr(sites.LocalSite, "energy", lambda site, launch: reading)
+    hint = "energy was not asked for: --energy measures it, some 30 s a row"
+    for name, options in (("without", []), ("with", ["--energy"])):
+        _, out, _ = command("--config", "tiny.toml", "--store", f"{name}.sqlite", *options)
+        rows = rows_of(tmp_path / f"{name}.sqlite")
+        assert {row.energy_mj for row in rows} == {1.5 if options else None}
+        assert (hint in out) == (not options)
+        assert all("--energy" in row.energy_reason for row in rows if not options)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_stream import FULL_MHZ, SimulatedStream
 
+from profiler.nvml import Unavailable
 from profiler.samples import TimingSettings
 from profiler.timing_cuda import RECOVERY_S, SHORTEST_SAMPLE_MS, SHORTEST_SINGLE_MS
 
@@ -68,12 +69,32 @@ def test_samples_below_three_quarters_of_the_clock_are_dropped_and_counted():
 
 
 def test_a_gpu_that_stays_throttled_has_no_figure():
-    ramp = SimulatedStream(mhz_at=lambda now_s: FULL_MHZ / 2)
+    ramp = SimulatedStream(mhz_at=lambda now_s: FULL_MHZ / 2, reasons=("power brake",))
     timing = ramp.measure({"a": ramp.kernel(1e-3)}, TimingSettings(rounds_min=6, burst_ms=5.0))["a"]
     assert timing.latency_ms is None
     assert timing.samples_kept == 0
     assert "at too low a clock" in timing.reason
     assert timing.columns["status"] == "contended"
+
+
+@pytest.mark.parametrize("reasons", [(), ("application clocks",)])
+def test_a_locked_clock_is_not_throttled_however_low(reasons):
+    """1410 MHz of 1980, an A100's highest on an H100, is below three quarters."""
+    locked = SimulatedStream(mhz_at=lambda now_s: 1410.0, reasons=reasons)
+    timing = locked.measure({"a": locked.kernel(1e-4)}, SETTINGS)["a"]
+    assert timing.latency_ms == pytest.approx(0.1 * FULL_MHZ / 1410, rel=5e-3)
+    assert timing.details["samples_throttled"] == 0 and locked.slept_s == 0
+    assert timing.details["sm_clock_mhz"] == 1410
+
+
+def test_without_any_reasons_at_hand_the_clock_alone_decides(monkeypatch):
+    def unread(stream):
+        raise Unavailable("throttle reasons: not supported by this GPU")
+
+    monkeypatch.setattr(SimulatedStream, "throttle_reasons", unread)
+    low = SimulatedStream(mhz_at=lambda now_s: FULL_MHZ / 2)
+    timing = low.measure({"a": low.kernel(1e-3)}, TimingSettings(rounds_min=6, burst_ms=5.0))["a"]
+    assert timing.latency_ms is None and "at too low a clock" in timing.reason
 
 
 def test_warm_up_goes_on_until_the_clock_has_plateaued():
@@ -107,6 +128,21 @@ def test_cold_is_a_single_launch_after_an_erasure():
     assert cold.details["launches_per_sample"] == 1
     assert cold.latency_ms == pytest.approx(0.2, rel=5e-3)
     assert stream.measure(launches, SETTINGS)["a"].latency_ms == pytest.approx(0.05, rel=5e-3)
+
+
+def test_what_cannot_be_captured_fails_alone():
+    stream = SimulatedStream()
+    launch = stream.kernel(1e-3)
+
+    def stubborn():
+        if stream.capturing is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        launch()
+
+    timings = stream.measure({"a": launch, "b": stubborn}, SETTINGS)
+    assert timings["a"].latency_ms == pytest.approx(1.0, rel=5e-3)
+    assert timings["b"].columns["status"] == "failed"
+    assert timings["b"].reason.startswith("clock: RuntimeError: CUDA error: operation not perm")
 
 
 def test_cold_refuses_a_kernel_too_short_to_be_timed_singly():

@@ -177,6 +177,7 @@ def test_a_wrong_kernel_is_never_timed(command, monkeypatch, tmp_path):
         (["--device", "cuda:0"], "error: --device cuda:0: only the CPU's"),
         (["--threads", "x"], "error: --threads x: must be"),
         (["--model", "pvt_v2_b0"], "error: --config and --model: give one"),
+        (["--batch", "8"], "error: --batch 8: applies to --model"),
         (["--out", "tiny.toml"], "error: tiny.toml: line 1: is no JSON"),
         (["--out", "."], "error: .: cannot be read"),
     ],

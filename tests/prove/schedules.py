@@ -78,7 +78,7 @@ def main(
     names, other = lowerings.split(","), schedule_of(against)
     if unknown := [name for name in names if name not in LOWERINGS]:
         raise BadInput(f"--lowerings: no {', '.join(unknown)}")
-    (setting,) = settings_for(*reversed(config_for(config, None, 1)), "cpu", str(threads))
+    (setting,) = settings_for(*reversed(config_for(config, None, None)), "cpu", str(threads))
     torch.set_num_threads(threads)
     set_threads(threads)
     ratios: dict[bool, list[float]] = {True: [], False: []}
