@@ -189,7 +189,8 @@ class FittedModel(BaseModel):
     hull: dict[str, tuple[float, float]]
     points: tuple[tuple[float, ...], ...]
     residuals: tuple[float, ...]
-    beyond: FittedModel | None = None
+    # Left out where there is none: tables of before keep their bytes and their hash.
+    beyond: FittedModel | None = Field(default=None, exclude_if=lambda model: model is None)
 
     @model_validator(mode="after")
     def _consistent(self) -> FittedModel:
