@@ -112,7 +112,7 @@ def with_table(
     try:
         table = LatencyTable.load(name)
     except TableError as error:
-        if Path(name).exists() or name in shipped_tables():
+        if not isinstance(error.__cause__, FileNotFoundError):
             raise
         steps = ", then ".join(f"`{command}`" for command in commands(model, batch))
         raise TableError(

@@ -22,6 +22,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -55,17 +56,22 @@ class _Traffic:
 _DENSE_TRAFFIC = _Traffic()
 _ADD_TRAFFIC = replace(_DENSE_TRAFFIC, dram=0.0, buffer=0.0, network=0.0)
 
-# The accelerator: processing elements, words of its register files and of its buffer.
-_ELEMENTS, _OUTPUTS, _INPUTS, _WEIGHTS, _BUFFER = 192, 16, 12, 960, 65536
+# The accelerator: processing elements, words of its register files and of its buffer. Its 960 words
+# for weights are never the limit: a tile has fewer than 16 × 12.
+_ELEMENTS, _OUTPUTS, _INPUTS, _BUFFER = 192, 16, 12, 65536
 
 
 @cache
-def _factorisations(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
-    """All ordered ways to write a size as a product."""
-    if parts == 1:
-        return ((size,),)
-    divisors = (d for d in range(1, size + 1) if size % d == 0)
-    return tuple((d, *rest) for d in divisors for rest in _factorisations(size // d, parts - 1))
+def _divisors(size: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, size + 1) if size % d == 0)
+
+
+def _factorisations(size: int, most: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All ordered ways to write a size as a product of factors up to these and one of any size."""
+    if not most:
+        return [(size,)]
+    first = (d for d in _divisors(size) if d <= most[0])
+    return [(d, *rest) for d in first for rest in _factorisations(size // d, most[1:])]
 
 
 @cache
@@ -83,31 +89,37 @@ def _tiled_memory_mj(
         bits: Width at which operands move.
         traffic: Cost by place.
     """
-    tiles = [_factorisations(*cut) for cut in ((tokens, 2), (outputs, 4), (inputs, 3))]
-    grid = np.meshgrid(*(np.arange(len(tile)) for tile in tiles), indexing="ij")
-    columns = [np.array(tile)[index.ravel()].T for tile, index in zip(tiles, grid)]
-    n0, n3, m0, m1, m2, m3, c0, c1, c2 = (column for part in columns for column in part)
-    fits = (
-        (m0 <= _OUTPUTS)
-        & (m1 * c1 < _ELEMENTS)
-        & (c0 < _INPUTS)
-        & (m0 * c0 < _WEIGHTS)
-        & (n0 * c1 * c0 + n0 * m2 * m1 * m0 < _BUFFER)
+    m = np.array(_factorisations(outputs, (_OUTPUTS, _ELEMENTS, outputs)))
+    c = np.array(_factorisations(inputs, (_INPUTS - 1, _ELEMENTS)))
+    # Columns of each, against all of the other.
+    m0, m1, m2, m3 = np.repeat(m, len(c), axis=0).T
+    c0, c1, c2 = np.tile(c, (len(m), 1)).T
+    most_tokens = (_BUFFER - 1) // (c1 * c0 + m2 * m1 * m0)
+    fits = (m1 * c1 < _ELEMENTS) & (most_tokens >= 1)
+    m0, m1, m2, m3, c0, c1, c2, most_tokens = (
+        a[fits] for a in (m0, m1, m2, m3, c0, c1, c2, most_tokens)
     )
-    n0, n3, m0, m1, m2, m3, c0, c1, c2 = (a[fits] for a in (n0, n3, m0, m1, m2, m3, c0, c1, c2))
+    # More tokens in the buffer never cost more, and take as long: of each tiling of the others, one
+    # with as many as fit is the best, and one with a single token the worst.
+    divisors = np.array(_divisors(tokens))
+    n0 = divisors[np.searchsorted(divisors, most_tokens, side="right") - 1]
     x, w, out, macs = tokens * inputs, inputs * outputs, tokens * outputs, tokens * inputs * outputs
-    moved_pj = (bits / 16) * (
-        traffic.dram * (m3 * x + n3 * w + out)
-        + traffic.buffer * (m3 * m2 * x + np.maximum(2 * (c2 - 1), 1) * out)
-        + traffic.network * (m3 * m2 * m1 * x + n3 * w)
-        + traffic.partial_sum * np.maximum(c2 * (c1 - 1), 1) * out
-        + traffic.register * (macs + np.maximum(2 * c2 * c1 * (c0 - 1), 1) * out)
-        + traffic.weight_register * macs
-    )
-    energy = moved_pj + pj * macs
+
+    def moved_pj(n3: NDArray[np.int64] | int) -> NDArray[np.float64]:
+        return (bits / 16) * (
+            traffic.dram * (m3 * x + n3 * w + out)
+            + traffic.buffer * (m3 * m2 * x + np.maximum(2 * (c2 - 1), 1) * out)
+            + traffic.network * (m3 * m2 * m1 * x + n3 * w)
+            + traffic.partial_sum * np.maximum(c2 * (c1 - 1), 1) * out
+            + traffic.register * (macs + np.maximum(2 * c2 * c1 * (c0 - 1), 1) * out)
+            + traffic.weight_register * macs
+        )
+
+    least_pj, most_pj = moved_pj(tokens // n0), moved_pj(tokens)
+    energy, worst = least_pj + pj * macs, float(most_pj.max()) + pj * macs
     latency = tokens * m3 * m2 * m0 * c2 * c0
-    score = (energy - energy.min()) / energy.max() + (latency - latency.min()) / latency.max()
-    return float(moved_pj[score.argmin()]) * MJ_PER_PJ
+    score = (energy - energy.min()) / worst + (latency - latency.min()) / latency.max()
+    return float(least_pj[score.argmin()]) * MJ_PER_PJ
 
 
 def released_energy(workload: Workload) -> OperationEnergy:

@@ -34,6 +34,9 @@ from kernels.workload import Workload
 # Beyond the hull of the training shapes the interval grows by this factor with each octave, on
 # either side: no held-out row says how wrong the model is out there.
 WIDEN_PER_OCTAVE = 1.25
+# A model of another device has taken over at so many octaves outside, and is itself given up at so
+# many outside of its own hull: in between both count, so that no step is at either edge.
+_HANDOVER_OCTAVES = 1.0
 # Shapes read back as inside despite the rounding of a logarithm.
 _HULL_TOLERANCE = 1e-6
 # Predictions at once: their correlations with the training rows stay in the caches.
@@ -171,7 +174,7 @@ class FittedModel(BaseModel):
         points: Training shapes ``(rows, features)`` in the order of ``length_scales``.
         residuals: Training targets ``(rows,)``: logarithm of latency over core.
         beyond: Model of another device, carried over to this one: answers for what lies outside of
-            the hull and inside its own.
+            the hull and inside its own, the more the further outside.
     """
 
     model_config = STRICT
@@ -189,7 +192,8 @@ class FittedModel(BaseModel):
     hull: dict[str, tuple[float, float]]
     points: tuple[tuple[float, ...], ...]
     residuals: tuple[float, ...]
-    beyond: FittedModel | None = None
+    # Left out where there is none: tables of before keep their bytes and their hash.
+    beyond: FittedModel | None = Field(default=None, exclude_if=lambda model: model is None)
 
     @model_validator(mode="after")
     def _consistent(self) -> FittedModel:
@@ -269,6 +273,17 @@ class FittedModel(BaseModel):
         Raises:
             OverflowError: On parameters or sizes that no float can answer for.
         """
+        latency_ms, half_width, outside = self._predict_own(workload)
+        if outside and self.beyond:
+            carried_ms, carried_half_width, far = self.beyond._predict_own(workload)
+            weight = float(_weight_beyond(outside, far))
+            latency_ms = latency_ms ** (1 - weight) * carried_ms**weight
+            half_width += weight * (carried_half_width - half_width)
+        factor = math.exp(half_width) * WIDEN_PER_OCTAVE**outside
+        return Prediction(latency_ms, latency_ms / factor, latency_ms * factor, outside)
+
+    def _predict_own(self, workload: Workload) -> tuple[float, float, float]:
+        """Median, half of the interval inside the hull in log, and octaves outside of it."""
         sizes, facts = Sizes(workload.b, workload.m, workload.k, workload.n), self._facts
         latency_ms, variance = float(self.core.latency_ms(sizes, facts)), self.noise
         logs = list(map(math.log2, extents(sizes, facts)))
@@ -280,13 +295,7 @@ class FittedModel(BaseModel):
         for value, (low, high) in zip(logs, self._limits):
             outside = max(outside, low - value, value - high)
         outside = outside if outside > _HULL_TOLERANCE else 0.0
-        if outside and self.beyond:
-            carried = self.beyond.predict(workload)
-            if not carried.octaves_outside:
-                widen, (latency_ms, low_ms, high_ms, _) = WIDEN_PER_OCTAVE**outside, carried
-                return Prediction(latency_ms, low_ms / widen, high_ms * widen, outside)
-        factor = math.exp(self.interval_width * math.sqrt(variance)) * WIDEN_PER_OCTAVE**outside
-        return Prediction(latency_ms, latency_ms / factor, latency_ms * factor, outside)
+        return latency_ms, self.interval_width * math.sqrt(variance), outside
 
     def _learned(self, logs: Sequence[float]) -> tuple[float, float]:
         """Mean of the process at one shape in octaves, and the variance that is left.
@@ -311,20 +320,23 @@ class FittedModel(BaseModel):
     def predict_many(self, workloads: Sequence[Workload] | Sizes) -> Predictions:
         """What ``predict`` says of each, without a loop: a sweep of shapes, or arrays of sizes."""
         sizes = workloads if isinstance(workloads, Sizes) else sizes_of(workloads)
-        found = self._predict_own(sizes)
-        far = np.flatnonzero(found.octaves_outside)
+        latency_ms, deviation, outside = self._predict_many_own(sizes)
+        half_width = self.interval_width * deviation
+        far = np.flatnonzero(outside)
         if self.beyond and len(far):
-            carried = self.beyond.predict_many(sizes.take(far))
-            inside = carried.octaves_outside == 0
-            there = far[inside]
-            widen = WIDEN_PER_OCTAVE ** found.octaves_outside[there]
-            found.latency_ms[there] = carried.latency_ms[inside]
-            found.low_ms[there] = carried.low_ms[inside] / widen
-            found.high_ms[there] = carried.high_ms[inside] * widen
-            found.deviation[there] = carried.deviation[inside]
-        return found
+            carried_ms, carried_deviation, farther = self.beyond._predict_many_own(sizes.take(far))
+            weight = _weight_beyond(outside[far], farther)
+            latency_ms[far] = latency_ms[far] ** (1 - weight) * carried_ms**weight
+            carried_half_width = self.beyond.interval_width * carried_deviation
+            half_width[far] += weight * (carried_half_width - half_width[far])
+            deviation[far] += weight * (carried_deviation - deviation[far])
+        factor = np.exp(half_width) * WIDEN_PER_OCTAVE**outside
+        return Predictions(latency_ms, latency_ms / factor, latency_ms * factor, outside, deviation)
 
-    def _predict_own(self, sizes: Sizes) -> Predictions:
+    def _predict_many_own(
+        self, sizes: Sizes
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Medians, deviations in log, and octaves outside of the hull, ``(rows,)`` each."""
         rows = len(sizes.m)
         process, facts = self._process, self._facts
         log_factor, variance = np.zeros(rows), np.full(rows, self.noise)
@@ -342,9 +354,18 @@ class FittedModel(BaseModel):
         logs = np.log2(np.stack(extents(sizes, facts), axis=1))
         outside = np.maximum(self._bounds[:, 0] - logs, logs - self._bounds[:, 1]).max(axis=1)
         outside = np.where(outside > _HULL_TOLERANCE, outside, 0.0)
-        deviation = np.sqrt(variance)
-        factor = np.exp(self.interval_width * deviation) * WIDEN_PER_OCTAVE**outside
-        return Predictions(latency_ms, latency_ms / factor, latency_ms * factor, outside, deviation)
+        return latency_ms, np.sqrt(variance), outside
+
+
+def _weight_beyond(outside: Numbers, far: Numbers) -> Numbers:
+    """What share, in log, the model of another device has in an answer.
+
+    Args:
+        outside: Octaves outside of the hull of the device's own model.
+        far: Octaves outside of the other's.
+    """
+    taken = np.clip(outside / _HANDOVER_OCTAVES, 0, 1)
+    return taken * np.clip(1 - far / _HANDOVER_OCTAVES, 0, 1)
 
 
 def changed(model: FittedModel, **values: object) -> FittedModel:

@@ -16,7 +16,7 @@ from cost_models.features import shape_group
 from cost_models.fit_result import LoweringFit, PartErrors, Point
 from cost_models.fitted_model import FittedModel, Predictions
 from cost_models.models import MIN_ROWS, LearnedLatency
-from cost_models.priors import extrapolate_by_
+from cost_models.priors import extrapolate_by_, without
 from cost_models.rivals import RIVALS
 from cost_models.shared_cores import learn_from_shared_
 from cost_models.training_rows import Row
@@ -120,7 +120,8 @@ def validate(
         rows: Of one form and lowering, at least MIN_ROWS.
         shared: Rows of a shared core, which nothing is tested on; the model may learn from those
             that are of no held-out widths.
-        priors: Models of the same kernel on other devices, by name, that may answer outside.
+        priors: Models of the same kernel on other devices, by name, that may answer outside, by
+            what they know of other widths than the held-out ones.
     """
     flags = held_out(split_keys([row.workload for row in rows]))
     train = [row for row, test in zip(rows, flags) if not test]
@@ -135,7 +136,8 @@ def validate(
         if shape_group(row.workload) not in locked and not is_locked(row.workload)
     ]
     learned = learn_from_shared_(model, known, seen, hints)
-    beyond = extrapolate_by_(model, known, seen, priors)
+    others = {name: without(prior, locked) for name, prior in priors.items()}
+    beyond = extrapolate_by_(model, known, seen, others)
     main = model.predict_interval(unseen)
     rivals = {
         f"mape_{name}": mape(rival().fit(known, seen).predict(unseen), truth) if test else None

@@ -335,9 +335,9 @@ class LatencyTable(BaseModel):
 
 def _read(path: str | Path) -> bytes:
     file = Path(path)
-    if not file.exists():
-        file = shipped_path(str(path)) or file
     try:
+        if not file.exists():
+            file = shipped_path(str(path)) or file
         if file.suffix != ".gz":
             return file.read_bytes()
         with gzip.open(file) as archive:

@@ -14,18 +14,32 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.features import form_facts, group_name
+from cost_models.features import (
+    form_facts,
+    group_name,
+    hull_around,
+    hull_of,
+    points_of,
+    shape_groups,
+    sizes_of,
+)
 from cost_models.fitted_model import FittedModel, changed
 from cost_models.latency_table import LatencyTable
-from cost_models.models import LearnedLatency
-from cost_models.transfer import carried_model, left_out_errors
+from cost_models.models import LearnedLatency, refitted
+from cost_models.transfer import carried_model, carried_over, left_out_errors
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
 
 # Of the logarithm of the latency, on average.
 _LARGEST_ERROR = math.log(1.25)
+# What is left, at most, of an error that has clearly become less.
+_CLEARLY_LESS = 0.9
 # So many are of widths enough.
 _ENOUGH_ROWS = 100
+# With fewer, nothing is fitted in a fold.
+_LEAST_ROWS = 3
+
+Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 # By form and lowering, and then by the name of a table.
 Priors = Mapping[tuple[str, str], Mapping[str, FittedModel]]
@@ -58,8 +72,10 @@ def extrapolate_by_(
 ) -> str | None:
     """Lets a fitted model answer by that of another device where it would extrapolate.
 
-    That is carried over by the rows at hand, of several the one that is least wrong about those
-    whose widths it was not given, and none that is off by more than a quarter there.
+    That is carried over by the rows at hand: of several that know about as much of other sizes the
+    one with which the model is least wrong about the largest and the smallest of the rows, fitted
+    on the others. None is taken that leaves it off by more than a quarter there, or by not clearly
+    less than it is alone.
 
     Args:
         model: Fitted on the two that follow.
@@ -69,20 +85,75 @@ def extrapolate_by_(
     Returns:
         Whose model it is; None where none will do, or none is needed.
     """
-    if len(workloads) >= _ENOUGH_ROWS:
+    if not priors or len(workloads) >= _ENOUGH_ROWS:
         return None
-    measured, least = np.asarray(latency_ms, dtype=float), _LARGEST_ERROR
-    chosen = None
-    for name, source in priors.items():
-        left_out = left_out_errors(partial(without, source), model.device, workloads, measured)
-        error = float(np.abs(left_out[0]).mean())
-        if error < least:
-            least, chosen, best = error, name, (source, left_out)
-    if chosen is not None:
-        source, left_out = best
-        beyond = carried_model(source, model.device, workloads, measured, left_out)
-        model.fitted_ = changed(model.fitted_, beyond=beyond)
+    measured = np.asarray(latency_ms, dtype=float)
+    folds = outward_folds(workloads)
+    if not folds:
+        return None
+    reaches = {name: _octaves_beyond(model.fitted_, source) for name, source in priors.items()}
+    errors = {
+        name: _outward_error(model, source, workloads, measured, folds)
+        for name, source in priors.items()
+        if reaches[name] > 0 and reaches[name] >= max(reaches.values()) / 2
+    }
+    alone = _outward_error(model, None, workloads, measured, folds)
+    chosen = min(errors, key=lambda name: errors[name], default=None)
+    if chosen is None or errors[chosen] > min(_LARGEST_ERROR, _CLEARLY_LESS * alone):
+        return None
+    source = priors[chosen]
+    left_out = left_out_errors(partial(without, source), model.device, workloads, measured)
+    beyond = carried_model(source, model.device, workloads, measured, left_out)
+    model.fitted_ = changed(model.fitted_, beyond=beyond)
     return chosen
+
+
+def outward_folds(workloads: Sequence[Workload]) -> Folds:
+    """(Training, left-out) rows: the largest third by each size, or the smallest, is left out.
+
+    All that is left out lies outside of the sizes that are left, as what a table extrapolates to.
+    """
+    found = []
+    for octaves in points_of(sizes_of(workloads)).T:
+        for outward in (octaves, -octaves):
+            edge = np.quantile(outward, 2 / 3, method="inverted_cdf")
+            left = outward > edge if outward.max() > edge else outward == edge
+            if (~left).sum() >= _LEAST_ROWS:
+                found.append((np.flatnonzero(~left), np.flatnonzero(left)))
+    return found
+
+
+def _octaves_beyond(model: FittedModel, source: FittedModel) -> float:
+    """By how much a model's hull grows with that of another, over all extents."""
+    grown = hull_around(model.hull, source.hull)
+    return sum(
+        low - grown[name][0] + grown[name][1] - high for name, (low, high) in model.hull.items()
+    )
+
+
+def _outward_error(
+    model: LearnedLatency,
+    source: FittedModel | None,
+    workloads: Sequence[Workload],
+    latency_ms: NDArray[np.float64],
+    folds: Folds,
+) -> float:
+    """Mean error, in log, of a model and one that is carried over on what folds leave out.
+
+    The other has not seen the left-out widths on its own device either.
+    """
+    sizes, groups = sizes_of(workloads), shape_groups(workloads)
+    errors = []
+    for train, left in folds:
+        hull, known = hull_of([workloads[i] for i in train]), sizes.take(train)
+        fold = changed(refitted(model.fitted_, known, latency_ms[train]), hull=hull)
+        if source is not None:
+            other = without(source, set(groups[left]))
+            beyond, _ = carried_over(other, model.device, known, latency_ms[train])
+            fold = changed(fold, beyond=changed(beyond, hull=hull_around(source.hull, hull)))
+        predicted = fold.predict_many(sizes.take(left))
+        errors.append(np.abs(np.log(latency_ms[left] / predicted.latency_ms)))
+    return float(np.concatenate(errors).mean())
 
 
 def without(source: FittedModel, groups: Collection[str]) -> FittedModel:

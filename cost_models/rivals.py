@@ -123,7 +123,7 @@ class NearestNeighbour(BaseEstimator):
 
 
 # Set beside the main model wherever errors are shown.
-RIVALS: dict[str, type] = {
+RIVALS: dict[str, type[LatencyEstimator]] = {
     "flops": FlopsProportional,
     "roofline": Roofline,
     "nearest": NearestNeighbour,

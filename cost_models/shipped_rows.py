@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from cost_models.latency_table import TableError
 from cost_models.shipped_tables import FOLDER, shipped_tables
+from profiler.command_line import explain
 from profiler.store import Measurement
 
 _BULKY = {"samples_ms", "bursts_ms"}
@@ -40,16 +41,21 @@ def shipped_rows(name: str, folder: Path = FOLDER) -> list[Measurement]:
         folder: Where they ship.
 
     Raises:
-        TableError: If none ship under that name, or the file is damaged.
+        TableError: If none ship under that name, or the file is damaged; it then names the line.
     """
     path = rows_path(name, folder)
     try:
         lines = gzip.decompress(path.read_bytes()).splitlines()
-        return [Measurement.model_validate_json(line) for line in lines]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TableError(f"{path}: is no gzip archive ({error})") from error
     except OSError as error:
         names = ", ".join(shipped_tables())
         raise TableError(f"{name}: no rows ship under this name; known: {names}") from error
-    except (EOFError, zlib.error) as error:
-        raise TableError(f"{path}: is no gzip archive ({error})") from error
+    return [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _row(line: bytes, where: str) -> Measurement:
+    try:
+        return Measurement.model_validate_json(line)
     except ValidationError as error:
-        raise TableError(f"{path}: {error.errors()[0]['msg']}") from error
+        raise TableError(f"{where}: {explain(error)}") from error

@@ -41,20 +41,15 @@ from cost_models.training_rows import (
 from kernels.workload import Workload
 from profiler.command_line import BadInput, run
 from profiler.device import DeviceInfo
+from profiler.sweep_config import LINEAR_FORMS
 from profiler.whole_file import write_whole
 
 app = typer.Typer(add_completion=False)
 
 Group = LinearGroup | AttentionGroup
 
-LINEAR_FORMS: tuple[str, ...] = (
-    "mult_fp32",
-    "mult_bf16",
-    "mult_int8",
-    "shift_fp32",
-    "shift_int8",
-    "shift_int4",
-)
+# What a suggested sweep measures an attention as.
+_ATTENTION_FORM = "add_attention_pm1"
 # The first design: token counts of so many widths, and of the pairs of code and value widths.
 DESIGN_LINEARS = 64
 DESIGN_ATTENTIONS = 15
@@ -104,8 +99,7 @@ def least_sure(models: Sequence[FittedModel], groups: Sequence[Group], number: i
 
 
 def _unlocked(group: Group, form: str) -> list[Workload]:
-    attention = form == "add_attention_pm1"
-    if isinstance(group, AttentionGroup) != attention:
+    if isinstance(group, AttentionGroup) != (form == _ATTENTION_FORM):
         return []
     workloads = group.workloads() if isinstance(group, AttentionGroup) else group.workloads(form)
     return [] if is_locked(workloads[0]) else workloads
@@ -121,7 +115,7 @@ def _as_if_known(model: FittedModel, workloads: Sequence[Workload]) -> FittedMod
 
     Source: Rasmussen, Williams: Gaussian Processes for Machine Learning, eq. 2.26.
     """
-    if not workloads or not model.length_scales:
+    if not workloads:
         return model
     octaves = points_of(sizes_of(workloads))[:, model.columns]
     return changed(
@@ -139,14 +133,14 @@ def sweep_toml(
 
     Args:
         groups: Shapes.
-        forms: Of the linears.
+        forms: Of the linears; none where there are only attentions.
         description: For people, on one line.
         threads: CPU threads.
     """
     names = ", ".join(f'"{form}"' for form in forms)
     lines = [
         f'description = "{description}"',
-        f"forms = [{names}]",
+        *([f"forms = [{names}]"] if forms else []),
         f"threads = [{threads}]",
         'timing = "quick"',
         "baselines = false",
@@ -164,11 +158,16 @@ def sweep_toml(
 
 
 def fit_training_part(groups: Groups, device: DeviceInfo) -> list[LearnedLatency]:
-    """A model for each of our forms and lowerings, of the unlocked rows."""
+    """A model for each of our lowerings of a form that a sweep can measure, of unlocked rows.
+
+    Single products of attention get none: no suggested shape would make one surer.
+    """
     fitted = []
     for (form, lowering), rows in track(
         groups.items(), "fitting", console=Console(stderr=True), transient=True
     ):
+        if form not in (*LINEAR_FORMS, _ATTENTION_FORM):
+            continue
         known = [r for r in rows if r.workload.is_canonical and not is_locked(r.workload)]
         if len(known) < MIN_ROWS or known[0].measurement.is_baseline:
             continue
@@ -220,7 +219,7 @@ def main(
         forms = tuple(f for f in LINEAR_FORMS if f in {model.form for model in unsure})
         description = "Where the latency models are least sure."
     try:
-        write_whole(out, sweep_toml(groups, forms or LINEAR_FORMS, description, threads))
+        write_whole(out, sweep_toml(groups, forms, description, threads))
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from error
     console.print(f"{len(groups)} groups of shapes -> {out}", markup=False, soft_wrap=True)

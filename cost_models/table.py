@@ -22,8 +22,8 @@ from cost_models import table_diff
 from cost_models.latency_table import LatencyTable, TableError
 from cost_models.shipped_rows import rows_path, rows_to_bytes, shipped_rows
 from cost_models.shipped_tables import FOLDER, shipped_tables, table_name
+from cost_models.training_rows import read_store, store_name
 from profiler.command_line import BadInput, run
-from profiler.store import open_store
 from profiler.whole_file import whole_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -180,11 +180,9 @@ def ship(
     found = LatencyTable.load(table)
     name = table_name(found.device)
     if store is not None:
-        opened = open_store(store)
-        try:
-            rows = [r for r in opened.rows() if r.device.fingerprint == found.device.fingerprint]
-        finally:
-            opened.close()
+        rows = [r for r in read_store(store) if r.device.fingerprint == found.device.fingerprint]
+        if not rows:
+            raise BadInput(f"--store {store_name(store)}: no row is of {found.device.label}")
         _write(rows_path(name, folder), rows_to_bytes(rows))
     _ship(found, folder)
     print(f'"{name}": "{found.device.fingerprint}",')

@@ -42,7 +42,7 @@ from cost_models.training_rows import (
 )
 from cost_models.transfer import TRANSFER_ROWS, TransferredLatency, choose_rows
 from kernels.workload import Workload
-from profiler.command_line import run
+from profiler.command_line import BadInput, run
 from profiler.device import DeviceInfo
 from profiler.store import Measurement
 
@@ -201,7 +201,12 @@ def main(
     known = choose_device(hot, name, device)
     if onto is not None:
         further = shipped_rows(onto) if onto in shipped_tables() else read_store(onto)
-        hot += [r for r in of_primitives(further) if r.device.fingerprint != known.fingerprint]
+        others = [r for r in of_primitives(further) if r.device.fingerprint != known.fingerprint]
+        if not others:
+            raise BadInput(
+                f"--onto {store_name(onto)}: no hot row of another device to transfer to"
+            )
+        hot += others
     start = time.perf_counter()
     table, result = fit(hot, name, known.fingerprint)
     fit_s = time.perf_counter() - start
@@ -213,7 +218,7 @@ def main(
             console.print(transfer_table(errors, known.label, other.label))
         else:
             console.print(f"no transfer to {other.label}: too few rows", markup=False)
-    rows = sum(len(found.points) for found in result.fits)
+    rows = sum(len(one.points) + one.learned_from_shared * one.rows_shared for one in result.fits)
     for line in speed_lines(table, rows, fit_s) if table.models else ():
         console.print(line, markup=False, highlight=False)
 

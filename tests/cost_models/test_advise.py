@@ -87,6 +87,14 @@ def test_a_table_that_is_not_there_is_one_line_that_says_how_to_make_it():
     assert f"profiler.sweep --model {MODEL}" in text and "minutes" in text
 
 
+def test_a_table_that_cannot_be_read_is_not_called_missing(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("n" * 300, str(tmp_path / "other.json")):
+        said = run("--table", name)
+        assert isinstance(said.exception, TableError)
+        assert "to make one" not in str(said.exception)
+
+
 def test_bad_options_are_refused(table_path):
     from profiler.command_line import BadInput
 

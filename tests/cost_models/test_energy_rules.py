@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +34,15 @@ def test_the_release_as_it_was_read():
 def test_with_equal_memory_rules_little_is_left_of_it():
     assert saving(released_with_equal_memory, SHIFT) == pytest.approx(0.068, abs=5e-4)
     assert saving(released_with_equal_memory, ADD) == pytest.approx(0.054, abs=5e-4)
+
+
+def test_sizes_of_many_divisors_do_not_fill_the_memory():
+    """840³ has 11 million tilings, most of which fit no accelerator."""
+    tracemalloc.start()
+    released_energy(linear("mult_fp32", 840, 840, 840))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 def test_accumulations_cost_the_same_in_a_mult_and_a_shift_and_are_all_that_an_add_does():

@@ -39,6 +39,83 @@ def test_hash_is_of_the_content(table, tmp_path):
     assert LatencyTable.load(path).sha256 != table.sha256
 
 
+# A table without anything that came to the format later.
+PLAIN = {
+    "format": "shiftadd-latency-table",
+    "version": 2,
+    "device": {
+        "kind": "cpu",
+        "name": "synthetic",
+        "uuid": None,
+        "isa": "",
+        "threads": 1,
+        "cores": 4,
+        "memory_bytes": 0,
+        "last_level_cache_bytes": None,
+        "sm_clock_mhz": None,
+        "memory_clock_mhz": None,
+        "power_limit_w": None,
+        "ecc": None,
+        "mig": None,
+        "driver": None,
+        "cuda": None,
+        "governor": None,
+        "os": "",
+        "software": {},
+    },
+    "created_at": "2026-01-01T00:00:00+00:00",
+    "store": "rows.sqlite",
+    "entries": [
+        {
+            "workload": linear("shift_int8", 49, 64, 96).to_dict(),
+            "lowering": "shift.dot",
+            "is_baseline": False,
+            "latency_ms": 0.25,
+            "low_ms": 0.2,
+            "high_ms": 0.3,
+            "weight_bytes": 6144,
+            "energy_mj": None,
+            "energy_source": None,
+            "energy_reason": "no counter",
+        }
+    ],
+    "models": [
+        {
+            "form": "shift_int8",
+            "lowering": "shift.dot",
+            "is_baseline": False,
+            "core": {
+                "name": "tiles",
+                "units": 1,
+                "tile_rows": 1,
+                "tile_columns": 16,
+                "l2_bytes": 2**20,
+                "l3_bytes": 2**25,
+                "costs_ms": {"launch": 0.001},
+            },
+            "length_scales": {},
+            "variance": 0.01,
+            "noise": 0.01,
+            "foreign_rows": 0,
+            "foreign_noise": 0.0,
+            "interval_width": 1.645,
+            "hull": {key: [0.0, 1.0] for key in ("b", "m", "k", "n", "macs", "traffic_bytes")},
+            "points": [[]],
+            "residuals": [0.0],
+        }
+    ],
+    "energy_models": [],
+    "overheads": None,
+}
+
+
+def test_the_hash_of_a_table_stays_what_runs_have_noted(tmp_path):
+    path = tmp_path / "latency_table.json"
+    path.write_text(json.dumps(PLAIN))
+    noted = "3e3ee4cbeb0f411ab08c891964e0baaa23cfdc6e24a8c49c5797ba368a0eeb1b"
+    assert LatencyTable.load(path).sha256 == noted
+
+
 def test_sources(table, law):
     measured, between, outside = (table.lookup(w) for w in (MEASURED, BETWEEN, OUTSIDE))
     assert measured.source == "measured"
@@ -215,9 +292,10 @@ def test_a_foreign_file_is_refused(tmp_path, text, message):
         LatencyTable.load(path)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["none.json", "n" * 300, "a\0b"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
     with pytest.raises(TableError, match="cannot be read"):
-        LatencyTable.load(tmp_path / "none.json")
+        LatencyTable.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("where", ["entries", "models"])

@@ -5,11 +5,22 @@ import math
 import numpy as np
 import pytest
 
-from cost_models.features import Sizes, form_facts
+from cost_models.features import (
+    FEATURES,
+    Sizes,
+    form_facts,
+    hull_of,
+    points_of,
+    shape_group,
+    sizes_of,
+)
 from cost_models.fit import app, fit
 from cost_models.fitted_model import changed
+from cost_models.held_out import held_out, is_locked, split_keys, validate
 from cost_models.latency_table import LatencyTable, TableError
-from cost_models.priors import priors_of, without
+from cost_models.models import LearnedLatency
+from cost_models.priors import extrapolate_by_, outward_folds, priors_of, without
+from cost_models.training_rows import Row
 from kernels.workload import linear
 from profiler.command_line import run
 from profiler.store import create_store
@@ -21,8 +32,8 @@ NEAR = [linear("shift_int8", 120, 80, 80), linear("shift_int8", 150, 100, 70)]
 
 
 def _truth(law, workload, rate=1.0):
-    """What does not fit a cache costs more: on few small widths nobody can know."""
-    missed = min(max(workload.traffic_bytes / 2**20 - 0.5, 0) / 1.5, 1)
+    """What does not fit a cache costs more: few small widths show where that begins, and no end."""
+    missed = min(max(workload.traffic_bytes / 2**20 - 0.05, 0) / 0.5, 1)
     return law(workload, rate) + 5e-6 / rate * workload.traffic_bytes * missed
 
 
@@ -73,10 +84,35 @@ def test_what_lies_inside_is_answered_by_the_devices_own_rows(both):
         assert table.lookup(workload).source == "predicted"
 
 
+@pytest.mark.parametrize(("size", "step"), [("m", 1), ("k", 1), ("m", -1)])
+def test_no_step_is_where_the_other_takes_over_or_is_given_up(both, size, step):
+    model = both[1][0].models[0]
+    for hull in (model.hull, model.beyond.hull):
+        edge = round(2 ** hull[size][step > 0])
+        at, over = (
+            model.predict(linear("shift_int8", **{"m": 100, "k": 90, "n": 90} | {size: value}))
+            for value in (edge, edge + step)
+        )
+        assert over.latency_ms == pytest.approx(at.latency_ms, rel=0.04)
+        assert over.high_ms / over.low_ms == pytest.approx(at.high_ms / at.low_ms, rel=0.04)
+
+
+def test_an_octave_outside_the_other_one_answers_alone(both):
+    model = both[1][0].models[0]
+    alone = changed(model, beyond=None)
+    far, between = linear("shift_int8", 100, 256, 256), linear("shift_int8", 100, 128, 160)
+    assert 0 < model.predict(between).octaves_outside < 1 <= model.predict(far).octaves_outside
+    assert model.predict(far).latency_ms == pytest.approx(model.beyond.predict(far).latency_ms)
+    ends = sorted(one.predict(between).latency_ms for one in (alone, model.beyond))
+    assert ends[0] < model.predict(between).latency_ms < ends[1]
+
+
 def test_many_are_answered_as_one(both):
     model = both[1][0].models[0]
-    many = model.predict_many([*FAR, *NEAR])
-    for i, workload in enumerate([*FAR, *NEAR]):
+    between = [linear("shift_int8", 250, 128, 160), linear("shift_int8", 49, 3000, 500)]
+    workloads = [*FAR, *NEAR, *between]
+    many = model.predict_many(workloads)
+    for i, workload in enumerate(workloads):
         one = model.predict(workload)
         assert many.latency_ms[i] == pytest.approx(one.latency_ms)
         assert (many.low_ms[i], many.high_ms[i]) == pytest.approx((one.low_ms, one.high_ms))
@@ -101,6 +137,66 @@ def test_a_model_that_is_wrong_here_is_not_trusted(measure, law, prior):
     """On this device everything beyond 64 inputs takes ten times as long."""
     rows = _rows(measure, law, NARROW, 1.0, bend=lambda w: 10.0 if w.k > 64 else 1.0)
     assert [one.beyond for one in fit(rows, "odd", priors=[prior])[1].fits] == [None]
+
+
+def test_a_model_that_is_right_here_needs_no_other(measure, law, prior):
+    """This device has no cache to miss: what is small tells all of what is large."""
+    workloads = [linear("shift_int8", m, k, n) for m in (49, 100, 196) for k, n in NARROW]
+    rows = [measure(w, law(w) * (1 + 0.01 * ((w.k + w.n + w.m) % 3 - 1))) for w in workloads]
+    assert [one.beyond for one in fit(rows, "plain", priors=[prior])[1].fits] == [None]
+
+
+def test_a_model_that_reaches_no_farther_is_not_chosen(measure, law, prior):
+    rows = _rows(measure, law, NARROW, 1.0)
+    workloads, latency_ms = [row.workload for row in rows], [row.latency_ms for row in rows]
+    (wide,) = LatencyTable.load(prior).models
+    model = LearnedLatency("shift_int8", "shift.tiled", False, rows[0].device)
+    model.fit(workloads, latency_ms)
+    none = changed(wide, hull=model.fitted_.hull)
+    little = changed(none, hull=none.hull | {"k": (6.0, 7.5)})
+    assert extrapolate_by_(model, workloads, latency_ms, {"none": none}) is None
+    several = {"none": none, "little": little, "wide": wide}
+    assert extrapolate_by_(model, workloads, latency_ms, several) == "wide"
+
+
+def test_what_is_left_out_outward_lies_outside():
+    workloads = [linear("shift_int8", m, k, n) for m in (49, 100, 196) for k, n in NARROW]
+    folds = outward_folds(workloads)
+    assert len(folds) == 6
+    for train, left in folds:
+        hull = hull_of([workloads[i] for i in train])
+        octaves = points_of(sizes_of([workloads[i] for i in left]))
+        low, high = np.array([hull[name] for name in FEATURES]).T
+        assert ((octaves < low) | (octaves > high)).any(axis=1).all()
+        assert sorted([*train, *left]) == list(range(len(workloads)))
+
+
+def test_other_devices_do_not_tell_of_held_out_widths(measure, law, prior):
+    """Also where the split holds out more than the names of the widths ask for."""
+    every = ((k, n) for k in (64, 80, 96, 128) for n in (64, 80, 96, 128))
+    widths = [sizes for sizes in every if not is_locked(linear("shift_int8", 1, *sizes))][:6]
+    rows = [
+        Row(row.workload, row.latency_ms, row.latency_low_ms, row.latency_high_ms, row)
+        for row in _rows(measure, law, widths, 1.0)
+    ]
+    workloads = [row.workload for row in rows]
+    held = {shape_group(w) for w, out in zip(workloads, held_out(split_keys(workloads))) if out}
+    assert held and not any(is_locked(w) for w in workloads)
+    (known,) = LatencyTable.load(prior).models
+    points = points_of(sizes_of(workloads))[:, known.columns].tolist()
+    honest, told = (
+        changed(
+            known,
+            points=(*known.points, *map(tuple, points)),
+            residuals=(*known.residuals, *(said * (shape_group(w) in held) for w in workloads)),
+        )
+        for said in (0.0, 0.5)
+    )
+    found = []
+    for one in (honest, told):
+        model = LearnedLatency("shift_int8", "shift.tiled", False, rows[0].measurement.device)
+        found.append(validate(model, rows, priors={"other": one}))
+    assert found[0].beyond == "other" and found[0] == found[1]
 
 
 def test_only_devices_of_the_same_kind_are_asked(both, prior):

@@ -4,14 +4,16 @@ import tomllib
 import numpy as np
 import pytest
 
+from cost_models.fitted_model import changed
 from cost_models.held_out import is_locked
 from cost_models.models import LearnedLatency
 from cost_models.shape_pool import LinearGroup
 from cost_models.suggest import app, design, least_sure, pool, sweep_toml
-from kernels.workload import linear
+from kernels.workload import attention, linear
 from profiler.command_line import run
 from profiler.device import DeviceInfo
-from profiler.sweep_config import SweepConfig
+from profiler.store import create_store
+from profiler.sweep_config import AttentionShape, SweepConfig
 
 CPU = DeviceInfo(kind="cpu", name="synthetic", threads=1, cores=4)
 NARROW = [LinearGroup(k, n, (10, 1000)) for k in (64, 80, 96) for n in (64, 80, 96)]
@@ -43,6 +45,14 @@ def test_far_shapes_are_chosen_first_and_not_twice_the_same_region(model):
     groups = [LinearGroup(*widths, (10, 1000)) for widths in (near, far, beside, other)]
     chosen = least_sure([model], groups, 2)
     assert LinearGroup(*near, (10, 1000)) not in chosen
+    assert LinearGroup(*other, (10, 1000)) in chosen
+
+
+def test_a_model_that_has_learned_nothing_beside_its_core_remembers_regions_too(model):
+    core = changed(model, length_scales={}, points=((),) * len(model.points))
+    far, beside, other = unlocked(2000, 2000), unlocked(2000, 2200), unlocked(16, 1500)
+    groups = [LinearGroup(*widths, (10, 1000)) for widths in (far, beside, other)]
+    chosen = least_sure([core], groups, 2)
     assert LinearGroup(*other, (10, 1000)) in chosen
 
 
@@ -80,3 +90,37 @@ def test_the_command(store, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "--store", store, "--out", done, "--target", 99) == 1
     assert "nothing more to measure" in capsys.readouterr().out and not done.exists()
     assert command(monkeypatch, "--out", tmp_path / "none" / "x.toml") == 2
+
+
+def suggested(monkeypatch, tmp_path, measure, law, workloads):
+    """The sweep for a store of these."""
+    store, out = tmp_path / "rows.sqlite", tmp_path / "more.toml"
+    opened = create_store(store)
+    opened.put(*(measure(w, law(w)) for w in workloads))
+    opened.close()
+    assert command(monkeypatch, "--store", store, "--out", out, "--number", 2) == 0
+    return SweepConfig.model_validate(tomllib.loads(out.read_text()))
+
+
+LINEARS = [linear("mult_int7", m, g.k, g.n) for g in NARROW for m in (10, 1000)]
+ATTENTIONS = [
+    attention(b, tokens, bits, 32) for bits in (16, 32, 64) for b in (1, 8) for tokens in (49, 196)
+]
+
+
+@pytest.mark.parametrize("product", ["kv", "qkv"])
+def test_products_that_no_suggestion_can_measure_are_no_reason(
+    product, monkeypatch, tmp_path, measure, law
+):
+    single = [getattr(products, product) for products in ATTENTIONS]
+    assert sum(not is_locked(w) for w in single) >= 4
+    config = suggested(monkeypatch, tmp_path, measure, law, [*single, *LINEARS])
+    assert config.forms == ("mult_int7",)
+    assert not any(isinstance(shape, AttentionShape) for shape in config.shapes)
+
+
+def test_where_only_attention_is_unsure_nothing_else_is_measured(
+    monkeypatch, tmp_path, measure, law
+):
+    config = suggested(monkeypatch, tmp_path, measure, law, [both.both for both in ATTENTIONS])
+    assert {workload.form for workload in config.workloads} == {"add_attention_pm1"}

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 import subprocess
@@ -8,14 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 from cost_models import table_diff
-from cost_models.latency_table import LatencyTable
+from cost_models.latency_table import LatencyTable, TableError
 from cost_models.shipped_rows import rows_path, rows_to_bytes, shipped_rows
 from cost_models.shipped_tables import FOLDER, SHIPPED, shipped_for, shipped_path, table_name
 from cost_models.table import app, schema, to_csv
 from cost_models.training_rows import at_full_clock
-from kernels.workload import Workload
+from kernels.workload import Workload, linear
+from profiler.command_line import BadInput
 from profiler.device import DeviceInfo
-from profiler.store import full_clock
+from profiler.store import create_store, full_clock
 
 runner = CliRunner()
 
@@ -138,9 +140,32 @@ def test_rows_ship_without_their_samples_and_come_back(sweep, tmp_path):
     ]
     with pytest.raises(ValueError, match="no rows ship"):
         shipped_rows("y", tmp_path)
-    rows_path("x", tmp_path).write_bytes(rows_to_bytes(sweep)[:50])
-    with pytest.raises(ValueError, match=r"x\.rows\.jsonl\.gz"):
-        shipped_rows("x", tmp_path)
+
+
+def test_damaged_rows_are_named_by_file_and_line(sweep, tmp_path):
+    path = rows_path("x", tmp_path)
+    whole = rows_to_bytes(sweep)
+    incomplete = gzip.compress(gzip.decompress(whole) + b'{"kind": "primitive"}\n')
+    for content, message in (
+        (whole[:50], "is no gzip archive"),
+        (b"no archive", "is no gzip archive"),
+        (incomplete, rf"line {len(sweep) + 1}: \w+: Field required"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(TableError, match=rf"x\.rows\.jsonl\.gz: {message}"):
+            shipped_rows("x", tmp_path)
+
+
+def test_rows_of_another_device_do_not_ship_with_a_table(table, measure, tmp_path):
+    path, store = tmp_path / "latency_table.json", tmp_path / "other.sqlite"
+    table.save(path)
+    other = table.device.model_copy(update={"threads": 2})
+    opened = create_store(store)
+    opened.put(measure(linear("shift_int8", 8, 16, 16), 1.0, device=other))
+    opened.close()
+    said = runner.invoke(app, ["ship", str(path), "--store", str(store), "--folder", str(tmp_path)])
+    assert isinstance(said.exception, BadInput) and "other.sqlite: no row" in str(said.exception)
+    assert not list(tmp_path.glob("*.gz"))
 
 
 @pytest.mark.parametrize(("name", "fingerprint"), SHIPPED.items())

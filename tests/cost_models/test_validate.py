@@ -29,3 +29,12 @@ def test_the_command_answers_for_kernels_transfer_and_speed(
     shown = capsys.readouterr().out
     for part in ("flops", "roofline", "nearest", "shift.tiled", "Transfer", "2 threads", "lookup"):
         assert part in shown
+
+
+def test_there_is_no_transfer_to_the_device_itself(store, monkeypatch, capsys):
+    arguments = ["cost_models.validate", "--store", str(store), "--onto", str(store)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        run(app)
+    assert stopped.value.code == 2
+    assert "--onto measurements.sqlite: no hot row of another device" in capsys.readouterr().err
