@@ -227,6 +227,7 @@ def refitted(model: FittedModel, sizes: Sizes, latency_ms: NDArray[np.float64]) 
     return changed(
         model,
         core=core,
+        foreign_rows=0,
         points=tuple(map(tuple, points_of(sizes)[:, model.columns].tolist())),
         residuals=tuple(residuals.tolist()),
     )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.features import (
+    Sizes,
     form_facts,
     group_name,
     hull_around,
@@ -146,7 +147,7 @@ def _outward_error(
     errors = []
     for train, left in folds:
         hull, known = hull_of([workloads[i] for i in train]), sizes.take(train)
-        fold = changed(refitted(model.fitted_, known, latency_ms[train]), hull=hull)
+        fold = changed(_own_without(model, known, latency_ms[train], groups[left]), hull=hull)
         if source is not None:
             other = without(source, set(groups[left]))
             beyond, _ = carried_over(other, model.device, known, latency_ms[train])
@@ -154,6 +155,16 @@ def _outward_error(
         predicted = fold.predict_many(sizes.take(left))
         errors.append(np.abs(np.log(latency_ms[left] / predicted.latency_ms)))
     return float(np.concatenate(errors).mean())
+
+
+def _own_without(
+    model: LearnedLatency, sizes: Sizes, latency_ms: NDArray[np.float64], left: NDArray[np.str_]
+) -> FittedModel:
+    """The model fitted on some rows alone; with what a shared core taught it of other widths."""
+    if not model.fitted_.foreign_rows:
+        return refitted(model.fitted_, sizes, latency_ms)
+    taught = without(model.fitted_, set(left))
+    return carried_over(taught, model.device, sizes, latency_ms)[0]
 
 
 def without(source: FittedModel, groups: Collection[str]) -> FittedModel:

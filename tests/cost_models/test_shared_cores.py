@@ -9,6 +9,7 @@ import cost_models.held_out as held_out_module
 from cost_models.features import shape_group
 from cost_models.held_out import is_locked, validate
 from cost_models.models import LearnedLatency
+from cost_models.priors import extrapolate_by_
 from cost_models.shared_cores import learn_from_shared_
 from cost_models.training_rows import Row
 from kernels.workload import linear
@@ -63,6 +64,18 @@ def test_a_few_rows_of_the_whole_core_and_many_of_a_shared_one(rows):
     # What a shared core was measured at is inside of what is known; its figures are not believed.
     assert not model.fitted_.predict_many(OTHERS).octaves_outside.any()
     assert model.fitted_.foreign_rows == len(OTHERS)
+
+
+def test_what_was_learned_so_is_set_against_other_devices_too(rows):
+    """A device that is like this one, and one of another law."""
+    for law, is_like in ((lambda w: 3 * whole_ms(w), True), (lambda w: 1e-9 * w.m**3, False)):
+        model, seen = fitted(FEW), [whole_ms(w) for w in FEW]
+        assert learn_from_shared_(model, FEW, seen, rows(OTHERS, shared_ms, True))
+        there = LearnedLatency("shift_int8", "shift.dot", False, DEVICE)
+        there.fit(EVERY, [law(w) for w in EVERY])
+        chosen = extrapolate_by_(model, FEW, seen, {"there": there.fitted_})
+        assert error(model, OTHERS) < 0.08
+        assert is_like or chosen is None
 
 
 def test_what_has_nothing_to_do_with_the_kernel_is_not_learned(rows):
