@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,15 @@ class Data:
         sizes: Images by part of the data (``train``, ``validation``, ``test``).
         batches: ``(split, batch_size, training) -> (images (b, c, h, w), labels (b,)), …``; with
             ``training`` in random order and augmented, from torch's global generator.
+        contents: Which images a folder holds, see ``folder_contents``; empty for tasks without
+            files.
     """
 
     name: str
     classes: int
     sizes: dict[str, int]
     batches: Callable[[str, int, bool], Batches]
+    contents: str = ""
 
 
 def stratified_split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -240,8 +244,7 @@ def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None
     transforms = {
         training: create_transform(**config, is_training=training) for training in (True, False)
     }
-    sources = _sources(path)
-    roots = {root: _open_folder(root) for root in set(sources.values())}
+    sources, roots = _opened(path)
     classes = roots[sources["train"]].classes
     for root, dataset in roots.items():
         if dataset.classes != classes:
@@ -259,7 +262,33 @@ def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None
         yield from loader
 
     sizes = {split: len(index) for split, index in parts.items()}
-    return Data(str(path), len(classes), sizes, batches)
+    return Data(str(path), len(classes), sizes, batches, _contents(path, roots))
+
+
+def folder_contents(path: Path) -> str:
+    """Hash of the names of a folder's images: changes when images come, go or change class.
+
+    What is trained on one part of a folder must not be tested on the parts of another.
+
+    Raises:
+        BadInput: If the folder is absent, has no images or fewer than two classes.
+    """
+    return _contents(path, _opened(path)[1])
+
+
+def _opened(path: Path) -> tuple[dict[str, Path], dict[Path, Any]]:
+    """The folder that each split is taken from, and what those folders hold."""
+    sources = _sources(path)
+    return sources, {root: _open_folder(root) for root in dict.fromkeys(sources.values())}
+
+
+def _contents(path: Path, roots: Mapping[Path, Any]) -> str:
+    names = [
+        Path(name).relative_to(path).as_posix()
+        for dataset in roots.values()
+        for name, _ in dataset.samples
+    ]
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def _sources(path: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from statistics import fmean
 
 import psutil
@@ -14,12 +15,14 @@ from brief_timing import BRIEF
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from test_data import make_images
 from test_finetune import TINY, table_of
 from typer.testing import CliRunner
 from waiting import wait_until
 
 from kernels.workload import attention, linear
 from profiler.command_line import BadInput
+from profiler.device import cpu_info
 from reparam import ablation_unit
 from reparam.ablate import app, find_table
 from reparam.ablation_results import AblationResults, AblationRow, AblationUnit
@@ -106,10 +109,39 @@ def test_units_are_kept_and_only_missing_ones_are_made(folder, quick, monkeypatc
     with pytest.raises(BadInput, match="latency_table: is of another run"):
         finished(study, Unit("moe_expected", 0))
 
+    elsewhere = cpu_info(1).model_copy(update={"name": "another CPU"})
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation_unit, "cpu_info", lambda threads: elsewhere)
+        with pytest.raises(BadInput, match=r"original-seed0\.json: device: is of another run"):
+            finished(replace(study), Unit("original", 0))
+
     path = folder / "tiny.toml"
     path.write_text(TINY.replace("lr = 3e-3", "lr = 2e-3"))
     other = invoke(folder, "--variants", names, "--seeds", "1")
     assert "original-seed0.json: recipe: is of another run" in str(other.exception)
+
+
+def test_a_unit_is_of_its_images(folder):
+    """Of the same folder with one image more as of another folder."""
+    _, digits = load_recipe(str(folder / "tiny.toml"))
+    recipe = digits.model_copy(update={"data": "folder"})
+    table = table_of([linear("mult_fp32", TOKENS, 16, 2)])
+    for name in "ab":
+        make_images(folder / name)
+
+    def study(name):
+        return Study(recipe, table, folder / name, folder, Console(quiet=True))
+
+    unit, path = Unit("original", 0), folder / "ablation" / "original-seed0.json"
+    path.parent.mkdir()
+    identity = ablation_unit._identity(study("a"), unit)
+    AblationUnit(identity=identity, row=row("original", 0, 50.0), correct=[True]).save(path)
+    assert finished(study("a"), unit) is not None
+    with pytest.raises(BadInput, match="data: is of another run"):
+        finished(study("b"), unit)
+    (folder / "a" / "cat" / "0.png").rename(folder / "a" / "dog" / "more.png")
+    with pytest.raises(BadInput, match="images: is of another run"):
+        finished(study("a"), unit)
 
 
 def test_seeds_trained_side_by_side_are_the_same(folder, quick):

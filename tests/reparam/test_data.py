@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from profiler.command_line import BadInput
 from reparam.data import SPLITS, digits, image_folder, random_affine, stratified_split
 from reparam.recipe import Recipe
-from reparam.stages import open_task
+from reparam.stages import Run, open_task, train_original
 
 
 def collect(data, split, training=False):
@@ -162,3 +163,34 @@ def test_a_head_that_nobody_trained_is_no_original(tmp_path):
             BadInput, match="2 classes, the pre-trained head of vit_tiny_patch16_224 has 5"
         ):
             opened(classes)
+
+
+def test_a_training_does_not_go_on_with_other_images(tmp_path):
+    """One image more draws another test set, with images that were trained on."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    make_images(images)
+    stage = {"epochs": 1, "batch_size": 16, "lr": 1e-3}
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    recipe = Recipe.model_validate(
+        {
+            "data": "folder",
+            "deploy_batch": 1,
+            "threads": 1,
+            "model": {"name": "vit_tiny_patch16_224", "kwargs": sizes},
+            "pretrain": stage,
+            "stage1": stage,
+            "stage2": stage,
+            "variants": [{"name": "shift", "title": "shift", "mlp": "shift_int8"}],
+        }
+    )
+
+    def trained():
+        model, data = open_task(recipe, images, 0)
+        example = torch.zeros(1, 3, 32, 32)
+        run = Run(recipe, None, data, example, 0, out, Console(quiet=True), out)
+        return train_original(run, model).history
+
+    assert trained() == trained()
+    Image.new("RGB", (40, 36)).save(images / "dog" / "more.png")
+    with pytest.raises(BadInput, match=r"original\.safetensors: images: is"):
+        trained()
