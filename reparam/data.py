@@ -15,7 +15,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profiler.command_line import BadInput
+from profiler.command_line import BadInput, one_line
 
 SPLITS = ("train", "validation", "test")
 # Shares of validation and test where the data come in one piece; the rest is for training.
@@ -238,7 +238,7 @@ def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None
             differ between its parts.
     """
     from timm.data import create_transform, resolve_data_config
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import DataLoader
 
     config = resolve_data_config({"img_size": image_size}, model=model)
     transforms = {
@@ -252,17 +252,49 @@ def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None
     parts = _parts(sources, roots, seed)
 
     def batches(split: str, batch_size: int, training: bool) -> Batches:
-        dataset = _open_folder(sources[split], transforms[training])
-        loader = DataLoader(
-            Subset(dataset, parts[split].tolist()),
+        images = _Images(roots[sources[split]], parts[split], transforms[training])
+        loader: Any = DataLoader(
+            images,  # type: ignore[arg-type]
             batch_size=batch_size,
             shuffle=training,
             num_workers=LOADER_WORKERS,
+            collate_fn=_collated,
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield batch
 
     sizes = {split: len(index) for split, index in parts.items()}
     return Data(str(path), len(classes), sizes, batches, _contents(path, roots))
+
+
+class _Images:
+    """Some images of a folder; in place of one that cannot be read stands what to say of it.
+
+    An error that is raised in a loader's process reaches the other with its traceback as text.
+    """
+
+    def __init__(self, folder: Any, index: np.ndarray, transform: Callable) -> None:
+        self.folder, self.index, self.transform = folder, index, transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int] | BadInput:
+        path, label = self.folder.samples[self.index[item]]
+        try:
+            image = self.folder.loader(path)
+        except Exception as error:  # whatever Pillow raises on a broken file
+            return BadInput(f"--data {path}: cannot be read as an image: {one_line(error)}")
+        return self.transform(image), label
+
+
+def _collated(rows: list[Any]) -> Any:
+    from torch.utils.data import default_collate
+
+    broken = (row for row in rows if isinstance(row, BadInput))
+    return next(broken, None) or default_collate(rows)
 
 
 def folder_contents(path: Path) -> str:
@@ -304,11 +336,11 @@ def _sources(path: Path) -> dict[str, Path]:
     return {"train": path / "train", "validation": path / "train", "test": path / "val"}
 
 
-def _open_folder(root: Path, transform: Callable | None = None) -> Any:
+def _open_folder(root: Path) -> Any:
     from torchvision.datasets import ImageFolder
 
     try:
-        dataset = ImageFolder(str(root), transform=transform)
+        dataset = ImageFolder(str(root))
     except FileNotFoundError as error:
         raise BadInput(f"--data {root}: {error}") from error
     if len(dataset.classes) < 2:

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from profiler.command_line import BadInput
 from reparam.data import SPLITS, digits, image_folder, random_affine, stratified_split
-from reparam.recipe import Recipe
+from reparam.recipe import ModelSettings, Recipe, create_model
 from reparam.stages import Run, open_task, train_original
 
 
@@ -132,6 +132,29 @@ def test_bad_folders_are_named(tmp_path, model):
     make_images(tmp_path / "two" / "val", classes=("cat", "bird"))
     with pytest.raises(BadInput, match="classes differ"):
         image_folder(tmp_path / "two", model, 0)
+
+
+@pytest.mark.parametrize("content", [b"no image", b"\x89PNG\r\n\x1a\n broken"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, model, content):
+    make_images(tmp_path)
+    data = image_folder(tmp_path, model, 0)
+    for folder in ("cat", "dog"):
+        for path in (tmp_path / folder).iterdir():
+            path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"\.png: cannot be read as an image") as caught:
+        list(data.batches("train", 4, True))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    kwargs = {"pretrained_cfg_overlay": {"file": str(path)}}
+    settings = ModelSettings(name="vit_tiny_patch16_224", pretrained=True, kwargs=kwargs)
+    with pytest.raises(BadInput, match=r"overlay\.file: .*mine\.safetensors: no such file"):
+        create_model(settings)
+    path.write_bytes(b"hello world, not tensors")
+    with pytest.raises(BadInput, match="model vit_tiny_patch16_224: SafetensorError"):
+        create_model(settings)
 
 
 def test_a_head_that_nobody_trained_is_no_original(tmp_path):
