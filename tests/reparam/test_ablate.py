@@ -300,9 +300,9 @@ def test_each_attention_keeps_what_the_recipe_keeps():
     _, recipe = load_recipe("imagenet-pvt_v2_b0")
     sizes = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 2)}
     images = torch.randn(2, 3, 64, 64)
-    for attention in ATTENTIONS.values():
+    for chosen in ATTENTIONS.values():
         model = timm.create_model("pvt_v2_b0", **sizes)
-        done = attention.convert_(model, recipe, images)
+        done = chosen.convert_(model, recipe, images)
         assert list(done.converted) == [f"stages.{stage}.blocks.0.attn" for stage in range(3)]
 
 
