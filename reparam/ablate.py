@@ -76,6 +76,10 @@ def ablate(
     chosen = PRESETS[preset]
     names = _names(variants, chosen.names)
     recipe_name, settings = load_recipe(recipe or chosen.recipe)
+    if settings.attention != "add":
+        raise BadInput(
+            f"{recipe_name}: attention: an ablation is of add attention, not {settings.attention}"
+        )
     table_file = find_table(latency_table, out)
     table = LatencyTable.load(table_file)
     settings = with_fastest_mult(settings, table, console)

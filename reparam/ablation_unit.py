@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,7 @@ from reparam.ablation_variants import (
 )
 from reparam.accuracy import dispatch_shares, predict
 from reparam.convert import reparameterize_
+from reparam.data import folder_contents
 from reparam.deploy import deploy, stored_bytes
 from reparam.model_cost import measure_energies, measure_latencies
 from reparam.model_energy import COVERS, modelled_energy_mj
@@ -60,6 +62,19 @@ class Study:
     data: Path | None
     out: Path
     console: Console
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What every unit depends on: recipe, images and the device that it is measured on.
+
+        Raises:
+            BadInput: If the folder of images cannot be used.
+        """
+        device = cpu_info(self.recipe.threads).fingerprint
+        found = {"recipe": self.recipe.sha256, "device": device}
+        if self.data is None:
+            return found
+        return {**found, "data": str(self.data), "images": folder_contents(self.data)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ def _identity(study: Study, unit: Unit) -> dict[str, str]:
         driven_by = {}
         variant = str(ATTENTIONS.get(unit.variant, ORIGINAL))
     return {
-        "recipe": study.recipe.sha256,
+        **study.identity,
         **driven_by,
         "variant": hashlib.sha256(variant.encode()).hexdigest(),
         "seed": str(unit.seed),
@@ -154,8 +169,8 @@ def finished(study: Study, unit: Unit) -> AblationUnit | None:
     if not path.is_file():
         return None
     found, identity = AblationUnit.load(path), _identity(study, unit)
-    for key, value in identity.items():
-        if found.identity.get(key) != value:
+    for key in sorted(identity.keys() | found.identity.keys()):
+        if found.identity.get(key) != identity.get(key):
             raise BadInput(
                 f"{path}: {key}: is of another run; choose another --out or delete the file"
             )

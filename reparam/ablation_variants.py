@@ -35,12 +35,14 @@ class Attention:
 
         Args:
             model: As it was trained.
-            recipe: What stays as it is.
+            recipe: What stays as it is, and whether position biases may be dropped.
             images: Training images to fit hash functions on.
         """
         if self.options is None:
-            return linearise_(model)
-        config = ReparamConfig.model_validate({"attention": "add", **self.options})
+            return linearise_(model, recipe.allows(model), recipe.drop_bias)
+        config = ReparamConfig.model_validate(
+            {"attention": "add", "drop_bias": recipe.drop_bias, **self.options}
+        )
         example = images if "hashing" in self.options else None
         return reparameterize_(model, config, recipe.allows(model), example)
 

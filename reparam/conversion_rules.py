@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -58,7 +58,7 @@ class LayerConfig(BaseModel):
         shift_variant: How shift weights are trained, DeepShift-Q or -PS.
         shift_bits: Bits of a shift weight; None for all that its form stores.
         activation_clip: A limit of the activations that are quantised to int8, see
-            ``linear_forms.Clip``.
+            ``linear_forms.Clip``; experts of an MoE have none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +79,16 @@ class LayerConfig(BaseModel):
     shift_variant: ShiftVariant = "Q"
     shift_bits: Annotated[int, Field(ge=3, le=8)] | None = None
     activation_clip: ActivationClip = "none"
+
+    @model_validator(mode="after")
+    def _a_linear_to_clip(self) -> Self:
+        if (
+            self.activation_clip != "none"
+            and self.mlp == "moe"
+            and self.attention_linears == "keep"
+        ):
+            raise ValueError("activation_clip: experts have none, and no other linear is asked for")
+        return self
 
     @property
     def asked(self) -> tuple[str, ...]:

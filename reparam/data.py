@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profiler.command_line import BadInput
+from profiler.command_line import BadInput, one_line
 
 SPLITS = ("train", "validation", "test")
 # Shares of validation and test where the data come in one piece; the rest is for training.
@@ -38,12 +39,15 @@ class Data:
         sizes: Images by part of the data (``train``, ``validation``, ``test``).
         batches: ``(split, batch_size, training) -> (images (b, c, h, w), labels (b,)), …``; with
             ``training`` in random order and augmented, from torch's global generator.
+        contents: Which images a folder holds, see ``folder_contents``; empty for tasks without
+            files.
     """
 
     name: str
     classes: int
     sizes: dict[str, int]
     batches: Callable[[str, int, bool], Batches]
+    contents: str = ""
 
 
 def stratified_split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -234,14 +238,13 @@ def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None
             differ between its parts.
     """
     from timm.data import create_transform, resolve_data_config
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import DataLoader
 
     config = resolve_data_config({"img_size": image_size}, model=model)
     transforms = {
         training: create_transform(**config, is_training=training) for training in (True, False)
     }
-    sources = _sources(path)
-    roots = {root: _open_folder(root) for root in set(sources.values())}
+    sources, roots = _opened(path)
     classes = roots[sources["train"]].classes
     for root, dataset in roots.items():
         if dataset.classes != classes:
@@ -249,17 +252,75 @@ def image_folder(path: Path, model: nn.Module, seed: int, image_size: int | None
     parts = _parts(sources, roots, seed)
 
     def batches(split: str, batch_size: int, training: bool) -> Batches:
-        dataset = _open_folder(sources[split], transforms[training])
-        loader = DataLoader(
-            Subset(dataset, parts[split].tolist()),
+        images = _Images(roots[sources[split]], parts[split], transforms[training])
+        loader: Any = DataLoader(
+            images,  # type: ignore[arg-type]
             batch_size=batch_size,
             shuffle=training,
             num_workers=LOADER_WORKERS,
+            collate_fn=_collated,
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield batch
 
     sizes = {split: len(index) for split, index in parts.items()}
-    return Data(str(path), len(classes), sizes, batches)
+    return Data(str(path), len(classes), sizes, batches, _contents(path, roots))
+
+
+class _Images:
+    """Some images of a folder; in place of one that cannot be read stands what to say of it.
+
+    An error that is raised in a loader's process reaches the other with its traceback as text.
+    """
+
+    def __init__(self, folder: Any, index: np.ndarray, transform: Callable) -> None:
+        self.folder, self.index, self.transform = folder, index, transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int] | BadInput:
+        path, label = self.folder.samples[self.index[item]]
+        try:
+            image = self.folder.loader(path)
+        except Exception as error:  # whatever Pillow raises on a broken file
+            return BadInput(f"--data {path}: cannot be read as an image: {one_line(error)}")
+        return self.transform(image), label
+
+
+def _collated(rows: list[Any]) -> Any:
+    from torch.utils.data import default_collate
+
+    broken = (row for row in rows if isinstance(row, BadInput))
+    return next(broken, None) or default_collate(rows)
+
+
+def folder_contents(path: Path) -> str:
+    """Hash of the names of a folder's images: changes when images come, go or change class.
+
+    What is trained on one part of a folder must not be tested on the parts of another.
+
+    Raises:
+        BadInput: If the folder is absent, has no images or fewer than two classes.
+    """
+    return _contents(path, _opened(path)[1])
+
+
+def _opened(path: Path) -> tuple[dict[str, Path], dict[Path, Any]]:
+    """The folder that each split is taken from, and what those folders hold."""
+    sources = _sources(path)
+    return sources, {root: _open_folder(root) for root in dict.fromkeys(sources.values())}
+
+
+def _contents(path: Path, roots: Mapping[Path, Any]) -> str:
+    names = [
+        Path(name).relative_to(path).as_posix()
+        for dataset in roots.values()
+        for name, _ in dataset.samples
+    ]
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def _sources(path: Path) -> dict[str, Path]:
@@ -275,11 +336,11 @@ def _sources(path: Path) -> dict[str, Path]:
     return {"train": path / "train", "validation": path / "train", "test": path / "val"}
 
 
-def _open_folder(root: Path, transform: Callable | None = None) -> Any:
+def _open_folder(root: Path) -> Any:
     from torchvision.datasets import ImageFolder
 
     try:
-        dataset = ImageFolder(str(root), transform=transform)
+        dataset = ImageFolder(str(root))
     except FileNotFoundError as error:
         raise BadInput(f"--data {root}: {error}") from error
     if len(dataset.classes) < 2:

@@ -69,6 +69,11 @@ def finetune(
     On several GPUs: torchrun --nproc-per-node 8 -m reparam.finetune --device cuda …
     """
     name, settings = load_recipe(recipe)
+    if settings.stage1.refit_hashing_epochs:
+        raise BadInput(
+            f"{recipe}: stage1.refit_hashing_epochs: codes are signs here, only add_hashed of"
+            " `python -m reparam.ablate` has hash functions to fit"
+        )
     table = LatencyTable.load(latency_table)
     settings = with_fastest_mult(settings, table, console)
     if out is None and not latency_table.exists():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.workload import Workload
-from reparam.add_attention import AddAttention, is_softmax_attention
-from reparam.convert import Conversion, ConversionError
+from reparam.add_attention import AddAttention
+from reparam.convert import Conversion, FilterFn, ReparamConfig, reparameterize_
 from reparam.expert_latency import input_shapes
 
 
@@ -31,21 +32,28 @@ class LinearAttention(AddAttention):
         self.add_products = LinearProducts()
 
 
-def linearise_(model: nn.Module) -> Conversion:
-    """Replaces each softmax attention by linear attention, in place.
+def linearise_(
+    model: nn.Module, filter_fn: FilterFn | None = None, drop_bias: bool = False
+) -> Conversion:
+    """Makes linear, without codes, what ``reparameterize_`` would make add attention, in place.
+
+    Args:
+        model: A timm model.
+        filter_fn: As for ``reparameterize_``.
+        drop_bias: Whether position biases and window masks may be dropped.
 
     Raises:
-        ConversionError: If the model has none that can be taken over.
+        ConversionError: If the model has no attention that can be made linear.
     """
-    found = {fqn: part for fqn, part in model.named_modules() if is_softmax_attention(part)}
-    for fqn, part in found.items():
-        try:
-            model.set_submodule(fqn, LinearAttention.from_attention(part))
-        except ValueError as error:
-            raise ConversionError(f"{fqn}: {error}") from error
-    if not found:
-        raise ConversionError(f"linear attention: {type(model).__name__} has no softmax attention")
-    return Conversion(dict.fromkeys(found, "linear attention, fp32"), {})
+    originals = dict(model.named_modules())
+    done = reparameterize_(model, ReparamConfig(attention="add", drop_bias=drop_bias), filter_fn)
+    for fqn in done.converted:
+        made: Any = model.get_submodule(fqn)
+        if isinstance(made, AddAttention):
+            model.set_submodule(fqn, LinearAttention.from_attention(originals[fqn]))
+        else:
+            made.core.add_products = LinearProducts()
+    return Conversion(dict.fromkeys(done.converted, "linear attention, fp32"), done.skipped)
 
 
 def linear_workloads(model: nn.Module, example: Tensor) -> list[Workload]:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import nn
 
-from profiler.command_line import BadInput, load_config
+from kernels.forms import FORMS
+from profiler.command_line import BadInput, load_config, one_line
 from reparam.conversion_rules import LinearForm, MultForm, ReparamConfig, ShiftForm
 from reparam.convert import FilterFn
 from reparam.latency_curves import Schedule
@@ -23,6 +33,18 @@ RECIPES = Path(__file__).parent / "recipes"
 MULT_FASTEST = "mult_fastest"
 
 ExpertForm = ShiftForm | MultForm | Literal["mult_fastest"]
+
+
+def _named_by_primitive(experts: dict[str, ExpertForm]) -> dict[str, ExpertForm]:
+    # Results and reports know an expert by its name alone.
+    for name, form in experts.items():
+        primitive = "mult" if form == MULT_FASTEST else FORMS[form]["primitive"]
+        if not re.fullmatch(rf"{primitive}\w*", name):
+            raise ValueError(f"{name!r} is {form}: its name must begin with {primitive!r}")
+    return experts
+
+
+Experts = Annotated[dict[str, ExpertForm], Field(min_length=2), AfterValidator(_named_by_primitive)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -76,6 +98,9 @@ class Stage(_Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
+_OF_ROUTERS = ("latency_loss_weight", "latency_loss", "schedule", "experts", "moe_granularity")
+
+
 class Variant(_Strict):
     """One outcome of stage 2, trained from the same weights of stage 1.
 
@@ -103,7 +128,7 @@ class Variant(_Strict):
     title: str
     attention_linears: LinearForm = "keep"
     mlp: LinearForm | Literal["moe"] = "keep"
-    experts: Annotated[dict[str, ExpertForm], Field(min_length=2)] | None = None
+    experts: Experts | None = None
     moe_granularity: Literal["mlp", "linear"] = "mlp"
     shift_bits: Annotated[int, Field(ge=3, le=8)] | None = None
     latency_loss_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -114,8 +139,14 @@ class Variant(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Variant:
-        if self.latency_loss_weight and self.mlp != "moe":
-            raise ValueError(f"{self.name} has a latency_loss_weight but no router")
+        if self.mlp != "moe":
+            for name in _OF_ROUTERS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: {self.name} has no router, its mlp is {self.mlp!r}")
+        if self.latency_loss != "balance" and not self.latency_loss_weight:
+            raise ValueError(f"latency_loss: {self.name} has no latency_loss_weight")
+        if self.schedule != "sequential" and self.latency_loss != "expected":
+            raise ValueError(f"schedule: {self.name} needs latency_loss = 'expected'")
         budgets = (self.latency_budget_ms, self.latency_budget_share)
         if budgets.count(None) == 0:
             raise ValueError("latency_budget_ms and latency_budget_share: only one can hold")
@@ -147,8 +178,9 @@ class Recipe(_Strict):
             and window masks (swin).
         drop_bias: Whether ``add`` may drop those.
         alphabet: Binary alphabet of queries and keys.
-        experts: Form of each expert of an MoE; ``mult_fastest`` is mult_int8, or mult_int7 on a
-            device that multiplies it faster.
+        experts: Form of each expert of an MoE, by a name that begins with what it computes with
+            (``mult``, ``shift``); ``mult_fastest`` is mult_int8, or mult_int7 on a device that
+            multiplies it faster.
         shift_variant: How shift weights are trained (DeepShift-Q or -PS).
         keep: Patterns of modules that stay as they are (``stages.3.*``).
         variants: Outcomes of stage 2, the one that counts last.
@@ -164,7 +196,7 @@ class Recipe(_Strict):
     attention: Literal["add", "quadratic"] = "add"
     drop_bias: bool = False
     alphabet: Literal["pm1", "01"] = "pm1"
-    experts: Annotated[dict[str, ExpertForm], Field(min_length=2)] = {
+    experts: Experts = {
         "mult": "mult_int8",
         "shift": "shift_int8",
     }
@@ -179,6 +211,17 @@ class Recipe(_Strict):
             raise ValueError("variants: names must differ from each other, original and stage1")
         if self.pretrain is None and not self.model.pretrained:
             raise ValueError("pretrain: is needed for a model without pre-trained weights")
+        for name in ("pretrain", "stage2"):
+            stage = getattr(self, name)
+            if stage is not None and stage.refit_hashing_epochs:
+                raise ValueError(
+                    f"{name}.refit_hashing_epochs: hash functions are fitted in stage1 alone"
+                )
+        channels, expected = self.model.kwargs.get("in_chans", 3), 3 if self.data == "folder" else 1
+        if channels != expected:
+            raise ValueError(
+                f"model.kwargs.in_chans: is {channels}, images of {self.data} have {expected}"
+            )
         return self
 
     @property
@@ -245,10 +288,15 @@ def create_model(settings: ModelSettings, classes: int | None = None) -> nn.Modu
     Raises:
         BadInput: If timm does not know it, refuses a keyword or cannot fetch the weights.
     """
+    overlay = settings.kwargs.get("pretrained_cfg_overlay")
+    file = overlay.get("file") if isinstance(overlay, dict) else None
+    if settings.pretrained and file is not None and not Path(str(file)).is_file():
+        raise BadInput(f"recipe: model.kwargs.pretrained_cfg_overlay.file: {file}: no such file")
     kwargs: dict[str, Any] = dict(settings.kwargs)
     if classes is not None:
         kwargs["num_classes"] = classes
     try:
         return timm.create_model(settings.name, pretrained=settings.pretrained, **kwargs)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise BadInput(f"recipe: model {settings.name}: {error}") from error
+    except Exception as error:  # whatever a model's class raises on keywords and weights
+        reason = ": ".join(filter(None, (type(error).__name__, one_line(error))))
+        raise BadInput(f"recipe: model {settings.name}: {reason}") from error

@@ -270,6 +270,7 @@ def _train(
                 identity={
                     "recipe": run.recipe.sha256,
                     "data": run.data.name,
+                    **({"images": run.data.contents} if run.data.contents else {}),
                     **(driven_by or {}),
                 },
                 on_step=lambda done, total: progress.update(task, completed=done, total=total),

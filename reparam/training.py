@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,28 @@ from reparam.training_log import log_epochs
 _MODEL, _OPTIMISER = "model.", "optimiser."
 
 
+def steps_in_epoch(images: int, batch_size: int, world: int) -> int:
+    """Batches of an epoch that are trained on.
+
+    The rest at its end is left out where it has a single row, which batch normalisation cannot
+    take, or fewer rows than there are processes.
+
+    Args:
+        images: Of the training part.
+        batch_size: Rows of a whole batch.
+        world: Processes that share each batch.
+    """
+    rest = images % batch_size
+    return images // batch_size + (rest >= max(2, world))
+
+
 def learning_rate(settings: Stage, step: int, steps_per_epoch: int) -> float:
     """Learning rate of one step: linear from zero to the peak, then a cosine to zero.
 
     Args:
         settings: Peak, warm-up and length.
         step: Steps done, from 0.
-        steps_per_epoch: Batches of an epoch.
+        steps_per_epoch: Of ``steps_in_epoch``.
     """
     warmup, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warmup:
@@ -96,15 +112,29 @@ def train(
         One entry for each epoch, those before the interruption too.
 
     Raises:
-        BadInput: If the checkpoint is of another run, or the loss is no longer finite.
+        BadInput: If the checkpoint is of another run, there are too few rows or images for the
+            processes, or the loss is no longer finite.
     """
+    world = place().world
+    if settings.batch_size < world:
+        raise BadInput(
+            f"recipe: {stage}.batch_size: {settings.batch_size} rows are too few for {world}"
+            " processes"
+        )
+    steps_per_epoch = steps_in_epoch(data.sizes["train"], settings.batch_size, world)
+    if not steps_per_epoch:
+        raise BadInput(
+            f"--data {data.name}: {data.sizes['train']} training images are too few for {stage}"
+        )
     keep_freed_memory()
     optimiser = _optimiser(model, settings)
     identity = {**(identity or {}), "stage": stage, "seed": str(seed), "settings": repr(settings)}
     history: list[Epoch] = []
     if checkpoint is not None and checkpoint.is_file():
         history = _resume(checkpoint, model, optimiser, identity)
-    steps_per_epoch = math.ceil(data.sizes["train"] / settings.batch_size)
+        if log is not None and place().is_first:
+            # Killed before it, the last epoch that the checkpoint knows is not in the log.
+            log_epochs(log, stage, history)
     total = settings.epochs * steps_per_epoch
     mix, replica = _mix(settings, data.classes), replicated(model)
 
@@ -117,7 +147,7 @@ def train(
         model.train()
         weight = _weight(objective, history)
         losses, latency_losses = [], []
-        batches = data.batches("train", settings.batch_size, True)
+        batches = islice(data.batches("train", settings.batch_size, True), steps_per_epoch)
         for done, (images, labels) in enumerate(batches, start=epoch * steps_per_epoch):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(settings, done, steps_per_epoch)
@@ -132,7 +162,7 @@ def train(
             latency_losses.append(routers_loss.detach())
             if on_step:
                 on_step(done + 1, total)
-        train_loss = float(summed(torch.stack(losses).mean())) / place().world
+        train_loss = float(summed(torch.stack(losses).mean())) / world
         if not math.isfinite(train_loss):
             raise BadInput(f"recipe: {stage}.lr: the loss is {train_loss} in epoch {epoch}")
         validation_top1, expected_ms = _validate(model, data, settings, objective)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from profiler.whole_file import whole_file
 from reparam.results import Epoch
@@ -13,7 +14,7 @@ COLUMNS = tuple(Epoch.model_fields)
 
 
 def log_epochs(path: Path, stage: str, history: Iterable[Epoch]) -> None:
-    """Writes the epochs of one stage in place of those that it had; other stages' rows stay.
+    """Writes the epochs of one stage where it had its rows, or at the end; others' rows stay.
 
     A figure that an epoch does not have is an empty cell.
 
@@ -22,11 +23,14 @@ def log_epochs(path: Path, stage: str, history: Iterable[Epoch]) -> None:
         stage: Name of the stage.
         history: All of its epochs so far.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     if path.is_file():
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("stage") != stage]
-    rows += [entry.model_dump() for entry in history]
+            rows = list(csv.DictReader(file))
+    stages = [row.get("stage") for row in rows]
+    place = stages.index(stage) if stage in stages else len(rows)
+    others = [row for row in rows if row.get("stage") != stage]
+    rows = others[:place] + [entry.model_dump() for entry in history] + others[place:]
     with whole_file(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         writer.writeheader()

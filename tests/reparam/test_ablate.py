@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from statistics import fmean
 
 import psutil
 import pytest
+import timm
 import torch
 from brief_timing import BRIEF
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from test_data import make_images
 from test_finetune import TINY, table_of
 from typer.testing import CliRunner
 from waiting import wait_until
 
 from kernels.workload import attention, linear
 from profiler.command_line import BadInput
+from profiler.device import cpu_info
 from reparam import ablation_unit
 from reparam.ablate import app, find_table
 from reparam.ablation_results import AblationResults, AblationRow, AblationUnit
 from reparam.ablation_summary import mean_interval, summarise
 from reparam.ablation_unit import Study, Unit, finished
 from reparam.ablation_variants import ATTENTIONS, PRESETS, VARIANTS, shift_share
+from reparam.convert import ConversionError
 from reparam.latency_curves import token_grid
-from reparam.linear_attention import LinearProducts, linear_workloads, linearise_
+from reparam.linear_attention import LinearAttention, LinearProducts, linear_workloads, linearise_
 from reparam.recipe import create_model, load_recipe
 from reparam.results import Interval
 
@@ -106,10 +111,39 @@ def test_units_are_kept_and_only_missing_ones_are_made(folder, quick, monkeypatc
     with pytest.raises(BadInput, match="latency_table: is of another run"):
         finished(study, Unit("moe_expected", 0))
 
+    elsewhere = cpu_info(1).model_copy(update={"name": "another CPU"})
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation_unit, "cpu_info", lambda threads: elsewhere)
+        with pytest.raises(BadInput, match=r"original-seed0\.json: device: is of another run"):
+            finished(replace(study), Unit("original", 0))
+
     path = folder / "tiny.toml"
     path.write_text(TINY.replace("lr = 3e-3", "lr = 2e-3"))
     other = invoke(folder, "--variants", names, "--seeds", "1")
     assert "original-seed0.json: recipe: is of another run" in str(other.exception)
+
+
+def test_a_unit_is_of_its_images(folder):
+    """Of the same folder with one image more as of another folder."""
+    _, digits = load_recipe(str(folder / "tiny.toml"))
+    recipe = digits.model_copy(update={"data": "folder"})
+    table = table_of([linear("mult_fp32", TOKENS, 16, 2)])
+    for name in "ab":
+        make_images(folder / name)
+
+    def study(name):
+        return Study(recipe, table, folder / name, folder, Console(quiet=True))
+
+    unit, path = Unit("original", 0), folder / "ablation" / "original-seed0.json"
+    path.parent.mkdir()
+    identity = ablation_unit._identity(study("a"), unit)
+    AblationUnit(identity=identity, row=row("original", 0, 50.0), correct=[True]).save(path)
+    assert finished(study("a"), unit) is not None
+    with pytest.raises(BadInput, match="data: is of another run"):
+        finished(study("b"), unit)
+    (folder / "a" / "cat" / "0.png").rename(folder / "a" / "dog" / "more.png")
+    with pytest.raises(BadInput, match="images: is of another run"):
+        finished(study("a"), unit)
 
 
 def test_seeds_trained_side_by_side_are_the_same(folder, quick):
@@ -143,7 +177,10 @@ def test_trainings_side_by_side_end_with_a_parent_that_is_killed(folder):
 
 
 def test_bad_input_is_named_before_anything_is_written(folder, tmp_path):
+    quadratic = tmp_path / "quadratic.toml"
+    quadratic.write_text(TINY.replace("threads = 1", 'threads = 1\nattention = "quadratic"'))
     for more, word in (
+        (("--recipe", str(quadratic)), "quadratic: attention: an ablation is of add attention"),
         (("--preset", "none"), "--preset none"),
         (("--variants", "moe,nothing"), "--variants moe"),
         (("--latency-table", str(tmp_path / "no.json")), "no.json"),
@@ -248,6 +285,7 @@ def test_linear_attention_is_add_attention_without_codes():
     torch.manual_seed(0)
     model = create_model(settings, 10)
     assert len(linearise_(model).converted) == 4
+    assert {type(block.attn) for block in model.blocks} == {LinearAttention}
     workloads = linear_workloads(model, torch.randn(2, 1, 16, 16))
     assert [(w.b, w.m, w.k, w.n) for w in workloads[:2]] == [(8, 16, 64, 16), (8, 64, 16, 16)]
     q, k, v = torch.randn(3, 2, 5, 16).unbind(0)
@@ -256,3 +294,30 @@ def test_linear_attention_is_add_attention_without_codes():
     binary = torch.sign(q), torch.sign(k)
     expected = binary[0] @ (binary[1].transpose(1, 2) @ v)
     torch.testing.assert_close(LinearProducts()(*binary, v), expected)
+
+
+def test_each_attention_keeps_what_the_recipe_keeps():
+    _, recipe = load_recipe("imagenet-pvt_v2_b0")
+    sizes = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 2)}
+    images = torch.randn(2, 3, 64, 64)
+    for chosen in ATTENTIONS.values():
+        model = timm.create_model("pvt_v2_b0", **sizes)
+        done = chosen.convert_(model, recipe, images)
+        assert list(done.converted) == [f"stages.{stage}.blocks.0.attn" for stage in range(3)]
+
+
+@pytest.mark.parametrize("name", ["linear", "add"])
+def test_position_biases_are_dropped_where_the_recipe_says_so(name):
+    """Inside of an attention whose class knows windows, the products alone are replaced."""
+    _, recipe = load_recipe("digits-quick")
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "num_classes": 3}
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=8, depths=(2,), num_heads=(2,), **sizes
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ConversionError, match="drop_bias"):
+        ATTENTIONS[name].convert_(model, recipe, images)
+    dropping = recipe.model_copy(update={"drop_bias": True})
+    assert len(ATTENTIONS[name].convert_(model, dropping, images).converted) == 2
+    assert model(images).isfinite().all()
+    assert len(linear_workloads(model, images)) == (4 if name == "linear" else 0)

@@ -194,6 +194,7 @@ def test_state_dict_round_trips_strictly(config):
         {"experts": {"mult": "mult_int8"}},
         {"experts": {"mult": "mult_int8", "shift": "shift_int3"}},
         {"alphabets": "pm1"},
+        {"activation_clip": "calibrated", "mlp": "moe"},
     ],
 )
 def test_bad_configs_are_refused(bad):

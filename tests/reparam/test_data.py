@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from profiler.command_line import BadInput
 from reparam.data import SPLITS, digits, image_folder, random_affine, stratified_split
-from reparam.recipe import Recipe
-from reparam.stages import open_task
+from reparam.recipe import ModelSettings, Recipe, create_model
+from reparam.stages import Run, open_task, train_original
 
 
 def collect(data, split, training=False):
@@ -133,6 +134,29 @@ def test_bad_folders_are_named(tmp_path, model):
         image_folder(tmp_path / "two", model, 0)
 
 
+@pytest.mark.parametrize("content", [b"no image", b"\x89PNG\r\n\x1a\n broken"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, model, content):
+    make_images(tmp_path)
+    data = image_folder(tmp_path, model, 0)
+    for folder in ("cat", "dog"):
+        for path in (tmp_path / folder).iterdir():
+            path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"\.png: cannot be read as an image") as caught:
+        list(data.batches("train", 4, True))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    kwargs = {"pretrained_cfg_overlay": {"file": str(path)}}
+    settings = ModelSettings(name="vit_tiny_patch16_224", pretrained=True, kwargs=kwargs)
+    with pytest.raises(BadInput, match=r"overlay\.file: .*mine\.safetensors: no such file"):
+        create_model(settings)
+    path.write_bytes(b"hello world, not tensors")
+    with pytest.raises(BadInput, match="model vit_tiny_patch16_224: SafetensorError"):
+        create_model(settings)
+
+
 def test_a_head_that_nobody_trained_is_no_original(tmp_path):
     """timm drops the head of the weights where a recipe asks for another number of classes."""
     sizes = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -162,3 +186,34 @@ def test_a_head_that_nobody_trained_is_no_original(tmp_path):
             BadInput, match="2 classes, the pre-trained head of vit_tiny_patch16_224 has 5"
         ):
             opened(classes)
+
+
+def test_a_training_does_not_go_on_with_other_images(tmp_path):
+    """One image more draws another test set, with images that were trained on."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    make_images(images)
+    stage = {"epochs": 1, "batch_size": 16, "lr": 1e-3}
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    recipe = Recipe.model_validate(
+        {
+            "data": "folder",
+            "deploy_batch": 1,
+            "threads": 1,
+            "model": {"name": "vit_tiny_patch16_224", "kwargs": sizes},
+            "pretrain": stage,
+            "stage1": stage,
+            "stage2": stage,
+            "variants": [{"name": "shift", "title": "shift", "mlp": "shift_int8"}],
+        }
+    )
+
+    def trained():
+        model, data = open_task(recipe, images, 0)
+        example = torch.zeros(1, 3, 32, 32)
+        run = Run(recipe, None, data, example, 0, out, Console(quiet=True), out)
+        return train_original(run, model).history
+
+    assert trained() == trained()
+    Image.new("RGB", (40, 36)).save(images / "dog" / "more.png")
+    with pytest.raises(BadInput, match=r"original\.safetensors: images: is"):
+        trained()

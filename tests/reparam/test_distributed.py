@@ -72,6 +72,26 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(two[name], one[name], rtol=0.05, atol=5e-3, equal_nan=True)
 
 
+def in_process_of_three(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
+    torch.save(torch.tensor(train_moe(None)), folder / f"losses{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_last_batch_of_fewer_rows_than_processes_is_left_out(tmp_path):
+    """50 images in batches of 16: the third process would have none of the last two."""
+    torch.multiprocessing.start_processes(
+        in_process_of_three, (3, tmp_path), nprocs=3, start_method="fork"
+    )
+    losses = torch.stack([torch.load(tmp_path / f"losses{rank}") for rank in range(3)])
+    assert losses.isfinite().all()
+    assert (losses == losses[0]).all()
+
+
 def test_alone_everything_is_itself():
     x = torch.arange(5.0)
     assert own_rows(x) is not None and torch.equal(own_rows(x), x)

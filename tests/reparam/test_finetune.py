@@ -262,7 +262,17 @@ def test_bad_input_names_file_and_key(tmp_path, recipe_file, table_file):
         (('mlp = "moe"', 'mlp = "more"'), "variants.1.mlp"),
         (('name = "moe"', 'name = "shift"'), "names must differ"),
         (("[pretrain]", "[pre]"), "pre"),
-        (('mlp = "moe"', 'mlp = "keep"'), "latency_loss_weight"),
+        (('mlp = "moe"', 'mlp = "keep"'), "latency_loss_weight: moe has no router"),
+        (("latency_loss_weight = 0.01", 'latency_loss = "expected"'), "no latency_loss_weight"),
+        (("latency_loss_weight", 'schedule = "parallel"\nlatency_loss_weight'), "schedule: moe"),
+        (('mlp = "shift_int8"', 'mlp = "shift_int8"\nmoe_granularity = "linear"'), "granularity"),
+        (("lr = 3e-3", "lr = 3e-3\nrefit_hashing_epochs = 1"), "pretrain.refit_hashing_epochs"),
+        (("in_chans = 1\n", ""), "model.kwargs.in_chans: is 3, images of digits have 1"),
+        (('data = "digits"', 'data = "folder"'), "model.kwargs.in_chans: is 1, images of folder"),
+        (
+            ("threads = 1", 'threads = 1\nexperts = { mult = "mult_int8", cheap = "shift_int8" }'),
+            "'cheap' is shift_int8: its name must begin with 'shift'",
+        ),
     ):
         recipe_file.write_text(TINY.replace(*change, 1))
         message = refused("--recipe", recipe_file, *common)
@@ -270,8 +280,16 @@ def test_bad_input_names_file_and_key(tmp_path, recipe_file, table_file):
         assert key in message
     recipe_file.write_text(TINY.replace('data = "digits"', 'data = "digits"\nkeep = ["nope.*"]'))
     assert "keep: 'nope.*' matches no module" in refused("--recipe", recipe_file, *common)
-    recipe_file.write_text(TINY.replace("vit_tiny_patch16_224", "vit_of_no_kind"))
-    assert "vit_of_no_kind" in refused("--recipe", recipe_file, *common)
+    stage1 = TINY.replace("[stage1]", "[stage1]\nrefit_hashing_epochs = 1")
+    recipe_file.write_text(stage1)
+    assert "stage1.refit_hashing_epochs" in refused("--recipe", recipe_file, *common)
+    for change, reason in (
+        (("vit_tiny_patch16_224", "vit_of_no_kind"), "vit_of_no_kind: RuntimeError: Unknown model"),
+        (("in_chans = 1", 'in_chans = 1\nact_layer = "nonesuch"'), "KeyError: 'nonesuch'"),
+        (("num_heads = 2", "num_heads = 3"), "vit_tiny_patch16_224: AssertionError"),
+    ):
+        recipe_file.write_text(TINY.replace(*change))
+        assert reason in refused("--recipe", recipe_file, *common)
     recipe_file.write_text(TINY)
     assert "--data" in refused("--recipe", recipe_file, "--data", tmp_path, *common)
     assert "--device" in refused("--recipe", recipe_file, "--device", "cuda:77", *common)

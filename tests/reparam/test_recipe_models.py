@@ -54,13 +54,13 @@ def test_fewer_bits_are_taken_only_where_they_are_faster(recipe, slowness, expec
 
 
 def test_a_variants_own_experts_are_written_out_as_well(recipe):
-    own = {"mult": "mult_fp32", "other": MULT_FASTEST}
+    own = {"mult": "mult_fp32", "mult_other": MULT_FASTEST}
     first = recipe.variants[-1].model_copy(update={"experts": own})
-    both = recipe.model_copy(update={"experts": {"a": "mult_fp32", "b": "mult_bf16"}})
+    both = recipe.model_copy(update={"experts": {"mult_a": "mult_fp32", "mult_b": "mult_bf16"}})
     both = both.model_copy(update={"variants": (first,)})
     assert both.asks_for_fastest
     chosen = written_out(both, "mult_int7")
-    assert chosen.variants[0].experts == own | {"other": "mult_int7"}
+    assert chosen.variants[0].experts == own | {"mult_other": "mult_int7"}
     assert chosen.experts == both.experts and not chosen.asks_for_fastest
 
 

@@ -23,6 +23,7 @@ from reparam.accuracy import predict, top1
 from reparam.checkpoints import load_tensors, load_weights, save_weights
 from reparam.convert import ReparamConfig, reparameterize_
 from reparam.data import Data, random_affine
+from reparam.distributed import Place
 from reparam.losses import LatencyObjective
 from reparam.recipe import Stage
 from reparam.training import learning_rate, seed_everything, train
@@ -239,6 +240,37 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path):
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert [row["epoch"] for row in csv.DictReader(log.open())] == [str(n) for n in range(6)]
+
+
+def test_an_epoch_that_was_kept_and_not_logged_is_logged_by_the_next_call(tmp_path, monkeypatch):
+    """As after a SIGKILL between the two in the last epoch, where nothing is left to train."""
+    checkpoint, log = tmp_path / "s.safetensors", tmp_path / "training.csv"
+    settings = SETTINGS.model_copy(update={"epochs": 1})
+    arguments = {"stage": "s", "checkpoint": checkpoint}
+    train(small_vit(), stripes(), settings, **arguments)
+    assert not log.exists()
+    train(small_vit(), stripes(), settings, log=log, **arguments)
+    assert [row["epoch"] for row in csv.DictReader(log.open())] == ["0"]
+
+
+def test_a_single_row_at_the_end_of_an_epoch_is_left_out():
+    """Batch normalisation cannot take one; 50 images are seven batches of seven and one image."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.BatchNorm1d(2))
+    steps: list[tuple[int, int]] = []
+    for batch_size in (7, 16):
+        settings = Stage(epochs=1, batch_size=batch_size, lr=1e-3)
+        train(model, stripes(), settings, stage="s", on_step=lambda *step: steps.append(step))
+        assert steps[-1] == (len(steps), len(steps))
+        assert len(steps) == {7: 7, 16: 4}[batch_size]
+        steps.clear()
+
+
+def test_more_processes_than_rows_are_refused(monkeypatch):
+    for size, message in ((16, r"s\.batch_size: 16 rows are too few for 60"), (64, "50 training")):
+        settings = SETTINGS.model_copy(update={"batch_size": size})
+        monkeypatch.setattr(training, "place", lambda: Place(0, 60))
+        with pytest.raises(BadInput, match=message):
+            train(small_vit(), stripes(), settings, stage="s")
 
 
 def test_bf16_learns_and_keeps_fp32_weights():

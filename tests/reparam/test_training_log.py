@@ -25,6 +25,7 @@ def test_a_stage_is_written_anew_and_others_stay(tmp_path):
     log_epochs(path, "original", [epoch("original", 0), epoch("original", 1)])
     log_epochs(path, "moe", [epoch("moe", 0, 0.9)])
     log_epochs(path, "moe", [epoch("moe", 0), epoch("moe", 1)])
+    log_epochs(path, "original", [epoch("original", 0), epoch("original", 1)])
     found = [(row["stage"], row["epoch"], row["train_loss"]) for row in rows(path)]
     assert found == [
         ("original", "0", "0.5"),
