@@ -66,11 +66,12 @@ MODELS = (
 console = Console()
 # Of the shipped recipes.
 _MULT = "mult_int8"
+_MODEL, _SHARES, _THREADS = "deit_tiny_patch16_224", "0,50,100", 2
 
 
 @app.command(help=__doc__)
 def main(
-    model: Annotated[str, typer.Option(help="Any timm model.")] = "deit_tiny_patch16_224",
+    model: Annotated[str, typer.Option(help="Any timm model.")] = _MODEL,
     versus_torch: Annotated[
         bool, typer.Option("--versus-torch", help="Whole models against PyTorch's best.")
     ] = False,
@@ -96,11 +97,11 @@ def main(
     batch: Annotated[str, typer.Option(help="Images at once, such as 1,8.")] = "1,8",
     share: Annotated[
         str, typer.Option(help="Percent of tokens on the shift expert, such as 0,50,100.")
-    ] = "0,50,100",
+    ] = _SHARES,
     mult: Annotated[
         str, typer.Option(help=f"Form of the mult expert: {', '.join(MULT_FORMS)}.")
     ] = _MULT,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = _THREADS,
     preset: Annotated[
         str, typer.Option(help=f"Precision of the timing: {', '.join(PRESETS)}.")
     ] = "standard",
@@ -118,6 +119,14 @@ def main(
         raise BadInput(f"--mult {mult}: must be one of {', '.join(MULT_FORMS)}")
     if predicted_versus_measured and mult != _MULT:
         raise BadInput(f"--mult {mult}: --predicted-versus-measured is of {_MULT}")
+    if predicted_versus_measured and not (versus_torch or dispatch or scaling):
+        for option, given, default, instead in (
+            ("--model", model, _MODEL, "is of --models"),
+            ("--share", share, _SHARES, "is of 0 to 100 %"),
+            ("--threads", threads, _THREADS, "is of as many as the table"),
+        ):
+            if given != default:
+                raise BadInput(f"{option} {given}: --predicted-versus-measured {instead}")
     batches = _whole_numbers("--batch", batch, 1, 4096)
     shares = _whole_numbers("--share", share, 0, 100)
     known = _table(table) if predicted_versus_measured else None

@@ -8,10 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.workload import Workload
 from reparam.add_attention import AddAttention
 from reparam.convert import Conversion, FilterFn, ReparamConfig, reparameterize_
-from reparam.expert_latency import input_shapes
 
 
 class LinearProducts(nn.Module):
@@ -54,19 +52,3 @@ def linearise_(
         else:
             made.core.add_products = LinearProducts()
     return Conversion(dict.fromkeys(done.converted, "linear attention, fp32"), done.skipped)
-
-
-def linear_workloads(model: nn.Module, example: Tensor) -> list[Workload]:
-    """The fp32 products of a model's linear attentions, which no conversion reports.
-
-    Args:
-        model: As ``linearise_`` left it.
-        example: One batch.
-    """
-    shapes = input_shapes(model, example, lambda fqn, part: isinstance(part, LinearProducts))
-    found = []
-    for (b, tokens, bits), _, (_, _, n) in shapes.values():
-        sizes = {"primitive": "mult", "b": b, "w_layout": "kn"}
-        found.append(Workload(m=bits, k=tokens, n=n, **sizes))  # type: ignore[arg-type]
-        found.append(Workload(m=tokens, k=bits, n=n, **sizes))  # type: ignore[arg-type]
-    return found

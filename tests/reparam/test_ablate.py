@@ -32,7 +32,7 @@ from reparam.ablation_unit import Study, Unit, finished
 from reparam.ablation_variants import ATTENTIONS, PRESETS, VARIANTS, shift_share
 from reparam.convert import ConversionError
 from reparam.latency_curves import token_grid
-from reparam.linear_attention import LinearAttention, LinearProducts, linear_workloads, linearise_
+from reparam.linear_attention import LinearAttention, LinearProducts, linearise_
 from reparam.recipe import create_model, load_recipe
 from reparam.results import Interval
 
@@ -286,8 +286,6 @@ def test_linear_attention_is_add_attention_without_codes():
     model = create_model(settings, 10)
     assert len(linearise_(model).converted) == 4
     assert {type(block.attn) for block in model.blocks} == {LinearAttention}
-    workloads = linear_workloads(model, torch.randn(2, 1, 16, 16))
-    assert [(w.b, w.m, w.k, w.n) for w in workloads[:2]] == [(8, 16, 64, 16), (8, 64, 16, 16)]
     q, k, v = torch.randn(3, 2, 5, 16).unbind(0)
     scaled = LinearProducts()(q * 3, k * 7, v)
     torch.testing.assert_close(scaled, LinearProducts()(q, k, v))
@@ -320,4 +318,5 @@ def test_position_biases_are_dropped_where_the_recipe_says_so(name):
     dropping = recipe.model_copy(update={"drop_bias": True})
     assert len(ATTENTIONS[name].convert_(model, dropping, images).converted) == 2
     assert model(images).isfinite().all()
-    assert len(linear_workloads(model, images)) == (4 if name == "linear" else 0)
+    replaced = [part for part in model.modules() if isinstance(part, LinearProducts)]
+    assert len(replaced) == (2 if name == "linear" else 0)

@@ -54,6 +54,8 @@ def test_bad_input_is_named(tmp_path, refused, foreign_table):
     assert "--batch" in refused("--scaling", "--batch", "none")
     assert "mult_int7" in refused("--dispatch", "--mult", "mult_int9")
     assert "--mult" in refused("--predicted-versus-measured", "--mult", "mult_int7")
+    for option, value in (("--model", "pvt_v2_b0"), ("--share", "50"), ("--threads", "1")):
+        assert option in refused("--predicted-versus-measured", option, value)
 
 
 def test_the_mult_expert_is_of_the_form_that_is_named():
