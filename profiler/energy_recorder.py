@@ -23,8 +23,7 @@ from profiler.device import DeviceInfo, cpu_info
 from profiler.energy import EnergySettings, measure_energy
 from profiler.energy_trace import ReplayMeter, Trace, load_trace, record, save_trace, summary
 from profiler.meters import NvmlCounterMeter, find_meter
-from profiler.nvml import Unavailable, cuda_info, open_probe
-from profiler.settings import gpu_indices
+from profiler.nvml import Unavailable, cuda_info, gpu_indices, open_probe
 
 app = typer.Typer(add_completion=False)
 
@@ -58,8 +57,8 @@ def _load(device: str) -> Callable[[], Any]:
 def _device(name: str) -> DeviceInfo:
     if name == "cpu":
         return cpu_info(threads=1)
-    if name == "all":
-        raise BadInput("--device all: a trace is of one device")
+    if name == "all" or not name.startswith("cuda"):
+        raise BadInput(f"--device {name}: must be cpu or cuda:N")
     (index,) = gpu_indices(name)
     return cuda_info(index)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
+from profiler.command_line import BadInput
 from profiler.device import DeviceError, DeviceInfo, software_versions
 
 
@@ -266,6 +267,22 @@ def gpu_count(nvml: Any = None, environment: Mapping[str, str] = os.environ) -> 
         return len(visible_uuids(nvml, environment))
     except Unavailable:
         return 0
+
+
+def gpu_indices(device: str) -> list[int]:
+    """CUDA's numbers of the GPUs that ``cuda``, ``cuda:N`` or ``all`` stands for.
+
+    Raises:
+        BadInput: If it stands for none.
+    """
+    if device == "all":
+        if not (count := gpu_count()):
+            raise BadInput("--device all: no GPU is visible here")
+        return list(range(count))
+    index = device.removeprefix("cuda").removeprefix(":") or "0"
+    if not device.startswith("cuda") or not index.isdecimal():
+        raise BadInput(f"--device {device}: must be cpu, cuda:N or all")
+    return [int(index)]
 
 
 def cuda_info(

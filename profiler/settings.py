@@ -103,7 +103,7 @@ def settings_for(
         option = f"--threads {threads}" if threads is not None else f"--isa {isa}"
         raise BadInput(f"{option}: applies to CPUs, not to --device {device}")
     else:
-        sites = [cuda_site(nvml.cuda_info(index), index) for index in gpu_indices(device)]
+        sites = [cuda_site(nvml.cuda_info(index), index) for index in nvml.gpu_indices(device)]
     return [Setting(site, config, name, accounting=accounting) for site in sites]
 
 
@@ -131,22 +131,6 @@ def remote_settings(
     counts = thread_counts(threads) or config.threads or (1,)
     sites = [remote_site(tracker, key, count, chip, triple) for count in counts]
     return [Setting(site, config, name, accounting=accounting) for site in sites]
-
-
-def gpu_indices(device: str) -> list[int]:
-    """CUDA's numbers of the GPUs that ``cuda``, ``cuda:N`` or ``all`` stands for.
-
-    Raises:
-        BadInput: If it stands for none.
-    """
-    if device == "all":
-        if not (count := nvml.gpu_count()):
-            raise BadInput("--device all: no GPU is visible here")
-        return list(range(count))
-    index = device.removeprefix("cuda").removeprefix(":") or "0"
-    if not device.startswith("cuda") or not index.isdecimal():
-        raise BadInput(f"--device {device}: must be cpu, cuda:N or all")
-    return [int(index)]
 
 
 def thread_counts(threads: str | None) -> tuple[int, ...]:
