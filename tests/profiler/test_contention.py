@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from contextlib import closing, contextmanager
 
 import numpy as np
@@ -13,7 +14,10 @@ import pytest
 from profiler.contamination import RunQueueDelay, host_contamination
 from profiler.measurement import CLOCK_RATE
 from profiler.samples import PRESETS, TimingSettings
-from profiler.store import open_store
+from profiler.settings import settings_for
+from profiler.store import create_store
+from profiler.sweep import sweep
+from profiler.sweep_config import SweepConfig
 from profiler.timing import cache_flush, measure_interleaved
 
 # Of the figures without a hog, at the clock that each sweep saw.
@@ -48,18 +52,14 @@ def hogs(number):
 
 @pytest.fixture
 def swept(tmp_path):
-    config = tmp_path / "tiny.toml"
-    config.write_text(SWEEP)
+    config = SweepConfig.model_validate(tomllib.loads(SWEEP))
 
-    def sweep(name):
-        out = tmp_path / name
-        command = [sys.executable, "-m", "profiler.sweep", "--config", config, "--out", out]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        with closing(open_store(out / "measurements.sqlite")) as store:
-            return {row.key: row for row in store.rows()}
+    def rows(name):
+        (setting,) = settings_for(config, name, "cpu", None)
+        with closing(create_store(tmp_path / f"{name}.sqlite")) as store:
+            return {row.key: row for row in sweep(setting, store)}
 
-    return sweep
+    return rows
 
 
 def at_equal_clock(row):
