@@ -137,7 +137,9 @@ def measure_cuda(
     flush = None if cold_bytes is None else stream.eraser(2 * cold_bytes)
     with without_garbage_collection():
         prepared = {
-            name: _candidate(launch, settings, flush, Governor(probe, sleep), stream, clock)
+            name: _or_reason(
+                partial(_candidate, launch, settings, flush, Governor(probe, sleep), stream, clock)
+            )
             for name, launch in launches.items()
         }
         candidates = {name: it for name, it in prepared.items() if isinstance(it, Candidate)}
@@ -213,20 +215,10 @@ class Governor:
         }
 
 
-def _candidate(
-    launch: Launch,
-    settings: TimingSettings,
-    flush: Launch | None,
-    governor: Governor,
-    stream: Stream,
-    clock: Callable[[], float],
-) -> Candidate | Timing:
-    """A candidate, or the Timing that says why it cannot be one.
-
-    A graph may not be captured, or find no memory: that is this candidate's affair alone.
-    """
+def _or_reason(prepare: Callable[[], Candidate | Timing]) -> Candidate | Timing:
+    """A graph may not be captured, or find no memory: that is one candidate's affair alone."""
     try:
-        return _prepared(launch, settings, flush, governor, stream, clock)
+        return prepare()
     except Exception as error:
         return _without_figure("failed", f"clock: {reason_of(error)}")
 
@@ -242,7 +234,7 @@ def _without_figure(stop_reason: StopReason, reason: str, facts: Facts | None = 
     )
 
 
-def _prepared(
+def _candidate(
     launch: Launch,
     settings: TimingSettings,
     flush: Launch | None,
@@ -250,6 +242,7 @@ def _prepared(
     stream: Stream,
     clock: Callable[[], float],
 ) -> Candidate | Timing:
+    """A candidate, or the Timing that says why it cannot be one."""
     overhead_ms = _enqueue_ms(launch, stream, clock)
     hot, hot_number = filling_graph(launch, max(settings.sample_ms, SHORTEST_SAMPLE_MS), stream)
 

@@ -19,6 +19,7 @@ ALONE = (
     "profiler/test_rpc.py",
     "profiler/test_shared_core.py",
     "profiler/test_sweep.py",
+    "profiler/test_sweep_passes.py",
     "profiler/test_timing.py",
     "profiler/test_tune.py",
     "profiler/test_workers.py",

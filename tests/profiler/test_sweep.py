@@ -1,38 +1,27 @@
 """Sweeps end to end: what is written, what a second one leaves alone, what is refused."""
 
 import multiprocessing
-from contextlib import closing, suppress
 from dataclasses import replace
 from statistics import median
 
 import pytest
+from short_sweeps import SHORT
 
-from kernels.peaks import peaks
 from kernels.reference import random_operands
 from kernels.workload import linear
 from profiler import candidates, sites, sweep
 from profiler.clock import clock_rate
 from profiler.command_line import run
-from profiler.contamination import NO_CONTAMINATION
 from profiler.device import DeviceInfo
 from profiler.energy import EnergyReading
 from profiler.model_workloads import ModelError
-from profiler.passes import PASS_SPREAD, PASSES
-from profiler.samples import CLOCK_RATE, PRESETS, TimingSettings
+from profiler.samples import PRESETS
 from profiler.settings import settings_for
 from profiler.store import create_store, open_store
 from profiler.sweep_config import SweepConfig
-from profiler.timing import cache_flush
 
-SHORT = TimingSettings(
-    sample_ms=0.05,
-    rest_ms=0,
-    warmup_ms=0,
-    warmup_max_ms=0.1,
-    burst_ms=0.1,
-    rounds_min=6,
-    max_time_s=0.01,
-)
+pytestmark = pytest.mark.usefixtures("quick_and_undisturbed")
+
 TOML = """
 timing = "quick"
 forms = ["mult_fp32", "mult_int8", "shift_int8"]
@@ -53,16 +42,6 @@ CONFIG = SweepConfig(
     forms=("mult_fp32", "mult_int8", "shift_int8"),
     shapes=({"m": 20, "k": 16, "n": 32},),
 )
-
-
-@pytest.fixture(autouse=True)
-def quick_and_undisturbed(monkeypatch):
-    """Other processes on this machine must not decide what a test finds."""
-    monkeypatch.setitem(PRESETS, "quick", SHORT)
-    monkeypatch.setattr("profiler.timing.host_contamination", lambda: NO_CONTAMINATION)
-    # What goes past all caches of a server's socket takes half a second each time.
-    monkeypatch.setattr("profiler.roofline.peaks", lambda threads, _: peaks(threads, 2**20))
-    monkeypatch.setattr("profiler.sites.cache_flush", lambda _: cache_flush(2**20))
 
 
 @pytest.fixture
@@ -303,80 +282,6 @@ def test_energy_is_asked_for_by_an_option_which_is_named_where_there_is_a_meter(
         assert {row.energy_mj for row in rows} == {1.5 if options else None}
         assert (hint in out) == (not options)
         assert all("--energy" in row.energy_reason for row in rows if not options)
-
-
-@pytest.fixture
-def three_products(monkeypatch, tmp_path):
-    """Sweeps three products of 10, 20 and 30 tokens; ``spoil`` changes what a call has measured."""
-
-    def swept(spoil=lambda number, timing: timing):
-        time, calls = sites.LocalSite.time, []
-
-        def noted(site, launches, settings, cache):
-            calls.append(launches)
-            found = time(site, launches, settings, cache)
-            return {name: spoil(len(calls) - 1, timing) for name, timing in found.items()}
-
-        with monkeypatch.context() as patched:
-            patched.setattr(sites.LocalSite, "time", noted)
-            patched.setattr(sweep, "calibrated", lambda setting, checked: setting)
-            (setting,) = settings_for(THREE_PRODUCTS, "again", "cpu", "1")
-            with closing(create_store(tmp_path / "a.sqlite")) as store:
-                with suppress(KeyboardInterrupt):
-                    sweep.sweep(setting, store)
-                return {row.workload.m: row for row in store.rows()}, len(calls)
-
-    return swept
-
-
-THREE_PRODUCTS = SweepConfig(
-    timing="quick",
-    passes=2,
-    baselines=False,
-    forms=("mult_fp32",),
-    shapes=({"m": [10, 20, 30], "k": 16, "n": 32},),
-)
-
-
-def marked(timing, **details):
-    return replace(timing, details={**timing.details, **details})
-
-
-@pytest.mark.parametrize(
-    "block, order", [(30, (10, 20, 30, 10, 20, 30)), (2, (10, 20, 10, 20, 30, 30))]
-)
-def test_passes_over_a_product_lie_apart(block, order, three_products, monkeypatch):
-    monkeypatch.setattr(sweep, "_BLOCK", block)
-    rows, times = three_products(lambda number, timing: marked(timing, **{CLOCK_RATE: number}))
-    assert times == 6
-    for tokens, row in rows.items():
-        both = [number for number, m in enumerate(order) if m == tokens]
-        assert row.details[CLOCK_RATE] == sum(both) / 2
-        assert row.details[PASSES] == 2 and row.details[PASS_SPREAD] >= 0
-
-
-@pytest.mark.parametrize("shared, alone", [({1}, {10, 20, 30}), ({1, 4}, {10, 30})])
-def test_a_figure_is_of_the_pass_with_a_core_of_its_own(shared, alone, three_products):
-    rows, _ = three_products(lambda number, timing: marked(timing, own_core=number not in shared))
-    assert {m for m, row in rows.items() if row.details["own_core"]} == alone
-    assert {row.details[PASSES] for row in rows.values()} == ({1, 2} if len(alone) == 3 else {2})
-
-
-def test_a_figure_is_never_given_up_for_none(three_products, contended):
-    rows, times = three_products(lambda number, timing: contended if number > 2 else timing)
-    assert times == 6 and all(row.status == "ok" for row in rows.values())
-
-
-def test_an_interrupted_second_pass_leaves_the_first(three_products):
-    def interrupt(number, timing):
-        if number == 4:
-            raise KeyboardInterrupt
-        return timing
-
-    rows, _ = three_products(interrupt)
-    assert {m: row.details[PASSES] for m, row in rows.items()} == {10: 2, 20: 1, 30: 1}
-    again, times = three_products()
-    assert times == 0 and again == rows
 
 
 def sweep_into(path, barrier):
