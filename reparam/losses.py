@@ -152,10 +152,7 @@ def model_latency_loss(model: nn.Module, as_dispatched: bool = False) -> Tensor:
 
 
 def dispatched_share(routing: Routing) -> Tensor:
-    """Share of the tokens that went to each expert, with the gradient of the soft load.
-
-    The value is that of the hard counts, which have no gradient; the backward pass is that of
-    Σq, the number of tokens that an expert is expected to win under the router's noise.
+    """Share of the tokens that the deployed router sends to each expert; it has no gradient.
 
     Args:
         routing: Of one forward pass; in several processes, of this one's rows.
@@ -163,13 +160,26 @@ def dispatched_share(routing: Routing) -> Tensor:
     Returns:
         ``(experts,)``, adding up to 1.
     """
-    counts = summed(routing.counts.to(routing.load))
-    soft = summed(routing.load.sum(0)) / counts.sum()
-    return straight_through(soft, counts / counts.sum())
+    return _share(load_as_dispatched(routing).detach())
+
+
+def share_under_noise(routing: Routing) -> Tensor:
+    """Share of the tokens that each expert is expected to win under the router's noise, Σq.
+
+    Args:
+        routing: Of one forward pass; in several processes, of this one's rows.
+
+    Returns:
+        ``(experts,)``, adding up to 1, differentiable.
+    """
+    return _share(routing.load)
 
 
 def expected_latency_ms(model: nn.Module, curves: ModelCurves) -> Tensor:
-    """What the curves say of the dispatch of a model's last forward pass, a scalar in ms.
+    """What the curves say of a model's last forward pass, dispatched as deployed, a scalar in ms.
+
+    Its gradient is that of the latency under the router's noise. Where all tokens go to one expert
+    the curve of the other has the slope of its launch, and would keep the first token away.
 
     Args:
         model: With MoE layers that have been run.
@@ -178,9 +188,12 @@ def expected_latency_ms(model: nn.Module, curves: ModelCurves) -> Tensor:
     Raises:
         ValueError: If a layer was not run yet.
     """
-    return curves.model_latency_ms(
-        {fqn: dispatched_share(_routing(fqn, layer)) for fqn, layer in moe_layers(model)}
+    routings = {fqn: _routing(fqn, layer) for fqn, layer in moe_layers(model)}
+    noisy, deployed = (
+        curves.model_latency_ms({fqn: share(routing) for fqn, routing in routings.items()})
+        for share in (share_under_noise, dispatched_share)
     )
+    return straight_through(noisy, deployed)
 
 
 def budget_penalty(latency_ms: Tensor, budget_ms: float) -> Tensor:
@@ -197,6 +210,11 @@ def _routing(fqn: str, layer: MoEMlp) -> Routing:
     if layer.routing is None:
         raise ValueError(f"{fqn}: has not been run yet")
     return layer.routing
+
+
+def _share(load: Tensor) -> Tensor:
+    tokens = summed(load.sum(0))
+    return tokens / tokens.sum()
 
 
 def _alpha(expert_latency_ms: Tensor) -> Tensor:

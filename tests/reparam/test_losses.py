@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from reparam.losses import (
     model_latency_loss,
     objective_weight,
     optimal_share,
+    share_under_noise,
     squared_cv,
 )
 from reparam.moe import MoEMlp, Router
@@ -126,23 +129,39 @@ def moe_model(layers=2):
     return nn.Sequential(*(MoEMlp.from_module(Mlp(8, 16), forms) for _ in range(layers)))
 
 
-def test_dispatched_share_is_the_counts_with_the_gradient_of_the_load():
+def test_a_deployed_router_has_no_noise_and_its_share_no_gradient():
     torch.manual_seed(0)
     router, tokens = Router(8, 2), torch.randn(50, 8)
     routing = router(tokens)
-    share = dispatched_share(routing)
-    torch.testing.assert_close(share, routing.counts / 50)
-    (hard,) = torch.autograd.grad(share[0], router.gate.weight)
-    (soft,) = torch.autograd.grad(router(tokens).load.mean(0)[0], router.gate.weight)
-    torch.testing.assert_close(hard, soft)
-    assert soft.abs().sum() > 0
+    deployed = copy.deepcopy(router).eval()(tokens).counts / 50
+    torch.testing.assert_close(dispatched_share(routing), deployed)
+    assert not dispatched_share(routing).requires_grad
+    torch.testing.assert_close(share_under_noise(routing), routing.load.mean(0))
+
+
+def test_noise_does_not_hide_that_a_budget_is_missed():
+    """All tokens lean to the slow expert by less than the noise, which sends half elsewhere."""
+    curves = ModelCurves({"0": CURVES}, rest_ms=1.0)
+    model = moe_model(1)
+    with torch.no_grad():
+        model[0].router.gate.weight.zero_()
+        model[0].router.gate.bias.copy_(torch.tensor([0.01, 0.0]))
+    model.train()(torch.randn(400, 8))
+    assert 0.4 < model[0].routing.counts[0] / 400 < 0.6
+    assert curves.expected_ms({"0": {"mult": 0.5, "shift": 0.5}}) < 9
+    assert expected_latency_ms(model, curves).item() == pytest.approx(1 + 10)
+    loss = latency_loss(model, LatencyObjective(1.0, curves, budget_ms=10.0))
+    loss.backward()
+    assert loss.item() > 0 and model[0].router.gate.bias.grad[0] > 0
 
 
 def test_expected_latency_adds_the_layers_at_their_own_dispatch():
     model = moe_model()
     curves = ModelCurves({"0": CURVES, "1": CURVES}, rest_ms=7.0)
     model(torch.randn(30, 8))
-    by_hand = sum(CURVES.layer_latency_ms(layer.routing.counts / 30).item() for layer in model)
+    by_hand = sum(
+        CURVES.layer_latency_ms(load_as_dispatched(layer.routing).mean(0)).item() for layer in model
+    )
     assert expected_latency_ms(model, curves).item() == pytest.approx(7 + by_hand)
     with pytest.raises(ValueError, match="0: has not been run"):
         expected_latency_ms(moe_model(), curves)
