@@ -274,11 +274,20 @@ def test_the_same_code_is_not_slower_and_three_times_the_work_is(tree, tmp_path)
         assert cases["head"] == ["sum", "sorted"]
         return found
 
-    found = gate.repeat(measure, restarts=1)
-    unchanged = compare_runs(found["base"], found["base again"], found["head"])
-    slowed = compare_runs(found["base"], found["base again"], found["slowed"])
-    assert "SLOWER" not in {judged.verdict for judged in unchanged}
-    assert [judged.verdict for judged in slowed] == ["SLOWER", "SLOWER"]
+    def verdicts():
+        found = gate.repeat(measure, restarts=1)
+        return [
+            [judged.verdict for judged in compare_runs(found["base"], found["base again"], head)]
+            for head in (found["head"], found["slowed"])
+        ]
+
+    unchanged, slowed = verdicts()
+    if (
+        "SLOWER" in unchanged
+    ):  # up to 3 % may be false alarms (gate_error_rates.py), not two in turn
+        unchanged, slowed = verdicts()
+    assert "SLOWER" not in unchanged
+    assert slowed == ["SLOWER", "SLOWER"]
 
 
 @pytest.mark.parametrize(
