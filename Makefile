@@ -10,7 +10,7 @@ TARGET ?= 5
 ROUNDS ?= 4
 JOBS   ?= 2
 
-.PHONY: install run test bench prove refine clean
+.PHONY: install run test types together bench prove refine clean
 
 install: $(VENV)/.installed
 
@@ -29,9 +29,14 @@ run: install
 test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/pytest -m "not alone" --numprocesses $(JOBS)
+	$(MAKE) --jobs 2 types together
 	$(BIN)/pytest -m alone
+
+types:
+	$(BIN)/mypy
+
+together:
+	$(BIN)/pytest -m "not alone" --numprocesses $(JOBS)
 
 bench: install
 	$(BIN)/python tests/bench/gate.py --base $(BASE) --restarts $(RESTARTS)

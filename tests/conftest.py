@@ -7,31 +7,16 @@ from hypothesis import settings
 
 from profiler.samples import Timing
 
-# What measures, or works on all cores: with other tests beside it would find no core of its own.
+# What judges how long something takes. Other tests measure too, and bear others beside them: of
+# them a figure is asked for, or a reason, and not which.
 ALONE = (
     "bench",
-    "docs",
     "kernels/test_peaks.py",
-    "kernels/test_search.py",
     "profiler/test_contention.py",
     "profiler/test_noise.py",
     "profiler/test_roofline.py",
-    "profiler/test_rpc.py",
     "profiler/test_shared_core.py",
-    "profiler/test_sweep.py",
-    "profiler/test_sweep_passes.py",
     "profiler/test_timing.py",
-    "profiler/test_tune.py",
-    "profiler/test_workers.py",
-    "prove",
-    "reparam/test_ablate.py",
-    "reparam/test_calibration.py",
-    "reparam/test_distributed.py",
-    "reparam/test_evaluate.py",
-    "reparam/test_finetune.py",
-    "reparam/test_kept_memory.py",
-    "reparam/test_predicted_measured.py",
-    "reports/test_report_in_browser.py",
 )
 
 settings.register_profile("no deadline", deadline=None)
