@@ -8,7 +8,7 @@ RESTARTS ?= 2
 MODELS ?= runs/models
 TARGET ?= 5
 ROUNDS ?= 4
-JOBS   ?= 2
+JOBS   ?= 3
 
 .PHONY: install run test types together bench prove refine clean
 
@@ -36,7 +36,7 @@ types:
 	$(BIN)/mypy
 
 together:
-	$(BIN)/pytest -m "not alone" --numprocesses $(JOBS)
+	$(BIN)/pytest -m "not alone" --numprocesses $(JOBS) --dist loadfile
 
 bench: install
 	$(BIN)/python tests/bench/gate.py --base $(BASE) --restarts $(RESTARTS)

@@ -130,12 +130,17 @@ def main(
     batches = _whole_numbers("--batch", batch, 1, 4096)
     shares = _whole_numbers("--share", share, 0, 100)
     known = _table(table) if predicted_versus_measured else None
+    names = list(dict.fromkeys(models.split(",")))
     device = cpu_info(threads)
     set_threads(threads)
     # The originals too: before they are made.
     keep_freed_memory()
     if versus_torch or dispatch or scaling:
         original, deployed_at = prepared(model, mult)
+    if known is not None:
+        # A name of which nothing can be made is to be known now, not when its turn comes.
+        for name in names:
+            prepared(name, option="--models")
     folder = output_folder(out)
     header = {
         "device": device,
@@ -169,7 +174,7 @@ def main(
         console.print(found.table())
     if known is not None:
         set_threads(known.device.threads or threads)
-        measured = measure_rows(models.split(","), batches, known, PRESETS[preset], folder)
+        measured = measure_rows(names, batches, known, PRESETS[preset], folder)
         for kind in ("model", "layer"):
             for line in pass_lines([row for row in measured if row.kind == kind]):
                 console.print(f"{kind}s, {line}")
@@ -220,7 +225,9 @@ def _table(name: str | None) -> LatencyTable:
     return table
 
 
-def prepared(name: str, mult: str = _MULT) -> tuple[nn.Module, Callable[[float], nn.Module]]:
+def prepared(
+    name: str, mult: str = _MULT, option: str = "--model"
+) -> tuple[nn.Module, Callable[[float], nn.Module]]:
     """The original model, and a deployed conversion of it at a share of tokens on shift.
 
     It is converted as the second stage of the shipped recipes does, as far as it has the parts.
@@ -228,6 +235,7 @@ def prepared(name: str, mult: str = _MULT) -> tuple[nn.Module, Callable[[float],
     Args:
         name: Any timm model.
         mult: Form of the mult expert; the other one is ``shift_int8``.
+        option: Where the name was given.
 
     Raises:
         BadInput: If timm has no such model, or nothing of it can be converted.
@@ -238,7 +246,7 @@ def prepared(name: str, mult: str = _MULT) -> tuple[nn.Module, Callable[[float],
         converted = timm.create_model(name).eval()
     # What timm and the hub raise of a name, a folder or a file that they cannot make a model of.
     except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"--model {name}: {one_line(error)}") from error
+        raise BadInput(f"{option} {name}: {one_line(error)}") from error
     stages = (
         ReparamConfig(attention="add"),
         ReparamConfig(attention_linears="shift_int8"),
@@ -247,7 +255,7 @@ def prepared(name: str, mult: str = _MULT) -> tuple[nn.Module, Callable[[float],
     try:
         _, without = reparameterize_by_parts_(converted, *stages)
     except ConversionError as error:
-        raise BadInput(f"--model {name}: nothing of it can be converted: {error}") from error
+        raise BadInput(f"{option} {name}: nothing of it can be converted: {error}") from error
     for reason in without:
         console.print(f"{name} is deployed without that: {reason}", markup=False)
 

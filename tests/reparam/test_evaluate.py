@@ -8,6 +8,7 @@ import torch
 
 from cost_models.latency_table import LatencyTable, TableError
 from profiler.command_line import run
+from profiler.device import cpu_info
 from profiler.samples import TimingSettings
 from reparam import other_runtimes
 from reparam.convert import ConversionError
@@ -56,6 +57,14 @@ def test_bad_input_is_named(tmp_path, refused, foreign_table):
     assert "--mult" in refused("--predicted-versus-measured", "--mult", "mult_int7")
     for option, value in (("--model", "pvt_v2_b0"), ("--share", "50"), ("--threads", "1")):
         assert option in refused("--predicted-versus-measured", option, value)
+
+
+def test_all_models_are_known_before_the_first_is_measured(tmp_path, refused):
+    table, path = LatencyTable.load("amd-zen4-avx512-2c-1t"), tmp_path / "own.json"
+    table.model_copy(update={"device": cpu_info(1)}).save(path)
+    names = ("--models", "vit_tiny_patch16_224,vit_tiny_patch16_225")
+    line = refused("--predicted-versus-measured", "--table", path, *names)
+    assert "--models vit_tiny_patch16_225" in line
 
 
 def test_the_mult_expert_is_of_the_form_that_is_named():
