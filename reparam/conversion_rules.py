@@ -54,7 +54,8 @@ class LayerConfig(BaseModel):
         attention_linears: Form of the linears around the attention, of any kind.
         mlp: Form of the MLPs' linears, or ``moe`` for experts of different forms.
         experts: Form of each expert by name, at least two.
-        moe_granularity: Whether an MLP becomes one MoE where it can, or each of its linears one.
+        moe_granularity: Whether an MLP becomes one MoE where one kernel computes it (two linears
+            with a GELU between them), or each of its linears one.
         shift_variant: How shift weights are trained, DeepShift-Q or -PS.
         shift_bits: Bits of a shift weight; None for all that its form stores.
         activation_clip: A limit of the activations that are quantised to int8, see

@@ -21,6 +21,7 @@ from reparam.linear_forms import linear_in_form
 from reparam.model_structure import (
     candidates,
     is_attention,
+    is_gelu,
     linear_parts,
     protected_parts,
     replace_,
@@ -44,7 +45,7 @@ __all__ = [
 
 FilterFn = Callable[[nn.Module, str], bool]
 
-# An MLP of these alone treats each token by itself, and can be an expert as a whole.
+# An MLP of these alone treats each token by itself.
 _TOKEN_WISE = {"fc1", "act", "drop1", "norm", "fc2", "drop2"}
 
 
@@ -264,7 +265,7 @@ class _Plan:
     def mlp(self, fqn: str, module: nn.Module) -> None:
         """Plans one MLP."""
         options = self.options(fqn)
-        as_one = options.mlp == "moe" and options.moe_granularity == "mlp" and _token_wise(module)
+        as_one = options.mlp == "moe" and options.moe_granularity == "mlp" and _is_expert(module)
         if isinstance(module, MoEMlp):
             if options.mlp == "moe":
                 self.already("mlp", fqn, "MoE")
@@ -345,10 +346,22 @@ def _moe_of(options: LayerConfig) -> str:
     return f"MoE ({experts})"
 
 
-def _token_wise(mlp: nn.Module) -> bool:
-    names = {name for name, _ in mlp.named_children()}
-    return {"fc1", "fc2"} <= names <= _TOKEN_WISE and all(
-        type(getattr(mlp, name)) is nn.Linear for name in ("fc1", "fc2")
+def _is_expert(mlp: nn.Module) -> bool:
+    """Whether an MLP can be an expert as a whole: what one kernel computes of each token alone.
+
+    Of others, gated ones say, each linear is a mixture: deployed, tokens are dispatched by kernels.
+    """
+    parts = dict(mlp.named_children())
+    if not {"fc1", "act", "fc2"} <= parts.keys() <= _TOKEN_WISE:
+        return False
+    fc1, fc2 = parts["fc1"], parts["fc2"]
+    bare = isinstance(parts.get("norm", nn.Identity()), nn.Identity)
+    return (
+        type(fc1) is nn.Linear
+        and type(fc2) is nn.Linear
+        and fc1.out_features == fc2.in_features
+        and bare
+        and is_gelu(parts["act"])
     )
 
 

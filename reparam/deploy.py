@@ -25,6 +25,7 @@ from reparam.deployed_mlps import (
 from reparam.fuse import fuse_
 from reparam.hashing import SignHash
 from reparam.kept_memory import keep_freed_memory
+from reparam.model_structure import is_gelu
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
 from reparam.one_thread import torch_on_one_thread_
@@ -133,7 +134,7 @@ def _in_one_mlp(module: nn.Module) -> nn.Module:
     linears = isinstance(fc1, DeployedLinear | DeployedMoE) and isinstance(
         fc2, DeployedLinear | DeployedMoE
     )
-    if not (linears and isinstance(act, nn.GELU) and act.approximate == "none"):
+    if not (linears and act is not None and is_gelu(act)):
         return module
     conv = parts.pop("dwconv", None)
     if any(not isinstance(part, nn.Identity | nn.Dropout) for part in parts.values()):

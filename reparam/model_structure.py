@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reparam.add_attention import AddAttention
 from reparam.coded_attention import CodedAttention
@@ -117,3 +119,15 @@ def _is_mlp(module: nn.Module) -> bool:
     first, *_, last = linears.values()
     leads_back = getattr(first, "in_features", None) == getattr(last, "out_features", None)
     return leads_back and all(name.count(".") <= 1 for name in linears)
+
+
+def is_gelu(act: nn.Module) -> bool:
+    """Whether an activation computes the exact GELU, whatever its class: timm has its own."""
+    if next(iter([*act.parameters(), *act.buffers()]), None) is not None:
+        return False
+    probe = torch.linspace(-6, 6, 97)
+    try:
+        found = act(probe.clone())
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, F.gelu(probe))

@@ -126,8 +126,10 @@ class _Watch(TorchDispatchMode):
         results = [result for result in tree_leaves(found) if result is not None]
         if not all(isinstance(result, Tensor) for result in results):
             raise PlanError(f"{func} looks at numbers: what follows may depend on the input")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and _drops(func, args, named):
             raise PlanError(f"{func} draws random numbers")
+        if torch.Tag.dynamic_output_shape in func.tags and not _by_positions(func, args):
+            raise PlanError(f"{func} gives as much as the input says")
         self.alive.append(found)
         seen = {storage_of(leaf) for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)}
         new = [result for result in results if storage_of(result) not in seen]
@@ -136,6 +138,21 @@ class _Watch(TorchDispatchMode):
             self.steps.append(Step(func, args, named))
         elif new and func.overloadpacket not in _ALLOCATE:
             self.steps.append(_writing(func, args, named, results))
+
+
+def _drops(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Whether an operator that may draw random numbers does: attention without dropout does not."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | dict(named)
+    defaults = {one.name: one.default_value for one in func._schema.arguments}
+    return (defaults | given).get("dropout_p") != 0
+
+
+def _by_positions(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it indexes by integers: what that gives is as large as they are many."""
+    masks = (torch.bool, torch.uint8)
+    return func is _aten.index.Tensor and not any(
+        index is not None and index.dtype in masks for index in args[1]
+    )
 
 
 def _writing(func: Any, args: tuple[Any, ...], named: dict[str, Any], results: list[Any]) -> Step:

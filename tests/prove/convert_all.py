@@ -6,8 +6,8 @@ Random weights and noise, so that nothing is downloaded. A line says for each fo
 attentions and linears were converted and left alone, the relative error of the logits without any
 training, and the first reason why something stayed. The last line of a model says how far its
 deployed form, all at once, is from the converted one: codes within rounding of a threshold fall on
-either side of it, and without training nothing keeps them from doing so. A model that fails
-otherwise ends in FAILED, and the command with 1.
+either side of it, and without training nothing keeps them from doing so; and why it has no plan,
+if it has none. A model that fails otherwise ends in FAILED, and the command with 1.
 """
 
 import sys
@@ -27,6 +27,8 @@ from reparam.convert import (
     reparameterize_by_parts_,
 )
 from reparam.deploy import deploy
+from reparam.plan import Plan
+from reparam.plan_trace import PlanError
 
 MODELS = [
     "vit_tiny_patch16_224",
@@ -136,12 +138,25 @@ def deployed(name: str) -> tuple[str, bool]:
         done = len(reparameterize_by_parts_(model, *DEPLOYED)[0])
     except ConversionError as error:
         return f"nothing to deploy: {error}", True
-    expected, y = model(x), deploy(model)(x)
+    ours = deploy(model)
+    expected, y = model(x), ours(x)
     survived = y.shape == expected.shape and bool(y.isfinite().all())
+    what, same = _planned(ours, x)
+    survived &= same
     if not expected.any():
-        return f"{done} layers, logits all 0, as the head starts", survived
+        return f"{done} layers, logits all 0, as the head starts{what}", survived
     error = float((y - expected).norm() / expected.norm())
-    return f"{done} layers, logits off by {error:.1%}", survived and error < FARTHEST
+    return f"{done} layers, logits off by {error:.1%}{what}", survived and error < FARTHEST
+
+
+def _planned(ours: torch.nn.Module, x: torch.Tensor) -> tuple[str, bool]:
+    """Whether a deployed model has a plan, and whether that computes the same of another input."""
+    try:
+        plan = Plan(ours, x)
+    except PlanError as error:
+        return f", not planned: {error}", True
+    other = torch.randn_like(x)
+    return "", torch.allclose(plan(other), ours(other), rtol=1e-3, atol=1e-4)
 
 
 def _without_attention(model: torch.nn.Module, config: ReparamConfig) -> ReparamConfig:

@@ -9,6 +9,8 @@ from reparam.convert import ReparamConfig, reparameterize_
 from reparam.deploy import deploy, stored_bytes
 from reparam.deployed import DeployedLayerNorm, DeployedLinear
 from reparam.deployed_mlps import DeployedDepthwiseMlp, DeployedMoE
+from reparam.moe import moe_layers
+from reparam.plan import Plan
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_int_mm", "einsum", "mv", "dot")
 
@@ -282,3 +284,25 @@ def test_a_gate_between_the_linears_stays_between_them(mlp):
     x = torch.randn(3, 1, 16, 16)
     with torch.no_grad():
         assert _off(deploy(model)(x), model(x)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("activation", "as_a_whole"), [("gelu", True), ("gelu_tanh", False), ("silu", False)]
+)
+def test_mixtures_are_dispatched_by_kernels_whatever_lies_between_the_linears(
+    activation, as_a_whole
+):
+    """``gelu`` by name is a class of timm's own; what no kernel computes is a mixture by linear."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, act_layer=activation)
+    x = torch.randn(2, 3, 32, 32)
+    reparameterize_(model.eval(), ReparamConfig(**MOE))
+    assert [fqn for fqn, _ in moe_layers(model)] == (
+        ["blocks.0.mlp"] if as_a_whole else ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    )
+    deployed = deploy(model)
+    assert not list(moe_layers(deployed))
+    with torch.no_grad():
+        expected = model(x)
+        for made in (deployed, Plan(deployed, x), torch.export.export(deployed, (x,)).module()):
+            torch.testing.assert_close(made(x), expected, rtol=1e-2, atol=0.05)

@@ -162,7 +162,39 @@ class _GivesTwo(nn.Module):
         return x, x
 
 
-@pytest.mark.parametrize("model", [_Chooses(), _Drops(), _GivesTwo()])
+class _Attends(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x):
+        q = x[:, None, :, None].expand(-1, 1, -1, 8)
+        found = nn.functional.scaled_dot_product_attention(q, q + 1, q, dropout_p=self.dropout)
+        return found.sum((1, 3))
+
+
+class _Picks(nn.Module):
+    """As many results as the values say: another input has others."""
+
+    def forward(self, x):
+        return x.index_add(0, torch.nonzero(x[:, 0] > 0).squeeze(1), x[x[:, 0] > 0])
+
+
+class _Looks(nn.Module):
+    """By integers: as many results as there are of those."""
+
+    def forward(self, x):
+        return x[torch.arange(len(x) - 1, -1, -1), :]
+
+
+def test_what_only_might_be_random_or_of_any_size_is_planned():
+    x = torch.randn(4, 3)
+    for model in (_Attends(0.0), _Looks()):
+        plan = Plan(model, torch.randn(4, 3))
+        torch.testing.assert_close(plan(x), model(x))
+
+
+@pytest.mark.parametrize("model", [_Chooses(), _Drops(), _GivesTwo(), _Attends(0.5), _Picks()])
 def test_what_is_no_matter_of_shape_is_refused(model):
     x = torch.randn(4, 3)
     with pytest.raises(PlanError):
