@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from profiler.whole_file import whole_file, write_whole
+from reparam.add_attention import LinearCore
 from reparam.attention_structure import open_
+from reparam.coded_attention import CodedAttention, with_core
 from reparam.deploy import fuse_and_prepare_
 from reparam.deployed import (
     DeployedAddAttention,
@@ -35,8 +37,10 @@ from reparam.deployed_mlps import (
     DeployedMlp,
     DeployedMoE,
 )
+from reparam.hashing import SignHash
 from reparam.kept_memory import keep_freed_memory
 from reparam.model_structure import replace_
+from reparam.quadratic_attention import QuadraticCore
 
 # What only fusing makes.
 _FUSED = (torch.fx.GraphModule, DeployedLayerNorm)
@@ -95,7 +99,9 @@ def load_deployed(path: str | Path) -> nn.Module:
     try:
         model = timm.create_model(**{**content["create"], "pretrained": False}).eval()
         for fqn, spec in content["modules"].items():
-            replace_(model, fqn, _made(spec))
+            is_coded = spec["is"] == "coded"
+            made = _coded(model.get_submodule(fqn), spec) if is_coded else _made(spec)
+            replace_(model, fqn, made)
             open_(model.get_submodule(fqn.rpartition(".")[0]))
         if content["fused"]:
             fuse_and_prepare_(model)
@@ -160,6 +166,20 @@ def _spec(fqn: str, module: nn.Module) -> dict[str, Any]:
     if isinstance(module, DeployedMoE):
         experts = {name: inner(f"experts.{name}") for name in module.experts}
         return {"is": "moe", "experts": experts, **tensors("gate", "gate_bias")}
+    if isinstance(module, CodedAttention):
+        inside = {
+            name: _spec(f"{fqn}.{name}", part)
+            for name, part in _outermost(module)
+            if name != "core"
+        }
+        products = list(module.score_products)
+        return {"is": "coded", "core": inner("core"), "score_products": products, "inside": inside}
+    if isinstance(module, LinearCore | QuadraticCore) and isinstance(module.hashing, SignHash):
+        about = {"alphabet": module.hashing.alphabet}
+        if isinstance(module, QuadraticCore):
+            return {"is": "quadratic_core", "similarity": module.similarity, **about}
+        own = {"heads": module.heads, "drop_bias": module.drop_bias}
+        return {"is": "linear_core", "add_products": inner("add_products"), **own, **about}
     raise DeployedFileError(f"{fqn}: a {type(module).__name__} cannot be saved yet")
 
 
@@ -196,4 +216,18 @@ def _made(spec: dict[str, Any]) -> Any:
     if kind == "moe":
         experts = {name: _made(expert) for name, expert in spec["experts"].items()}
         return DeployedMoE(_empty(spec["gate"]), _empty(spec["gate_bias"]), experts)
+    if kind == "quadratic_core":
+        return QuadraticCore(spec["alphabet"], spec["similarity"])
+    if kind == "linear_core":
+        core = LinearCore(spec["heads"], spec["alphabet"], drop_bias=spec["drop_bias"])
+        core.add_products = _made(spec["add_products"])
+        return core
     raise ValueError(f"is: {kind!r} is no deployed module")
+
+
+def _coded(attention: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """An attention of timm's with the core and the deployed parts of a ``_spec``."""
+    made = with_core(attention, _made(spec["core"]).eval(), spec["score_products"])
+    for name, part in spec["inside"].items():
+        replace_(made, name, _made(part))
+    return made

@@ -63,7 +63,11 @@ def test_a_linear_whose_bias_is_held_apart_is_called_again(tmp_path):
 @pytest.mark.parametrize(
     "config, by_hand, named",
     [
-        ({"attention": "quadratic"}, False, "blocks.0.attn: a CodedAttention"),
+        (
+            {"attention": "quadratic", "hashing": "kernelised"},
+            False,
+            "blocks.0.attn.core: a QuadraticCore",
+        ),
         ({"attention": "add"}, True, "blocks.0.mlp: a MoEMlp"),
         ({"mlp": "shift_int8", "activation_clip": "calibrated"}, False, "mlp.fc1.clip: a Clip"),
     ],
@@ -82,6 +86,39 @@ def test_what_cannot_be_described_is_refused_and_nothing_written(
     with pytest.raises(DeployedFileError, match=named):
         save_deployed(deployed, tmp_path / "model.json", CREATE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, changes, config",
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32}, {"attention": "quadratic"}),
+        (
+            "vit_tiny_patch16_224",
+            {"img_size": 32},
+            {"attention": "quadratic", "similarity": "angular", "alphabet": "01"},
+        ),
+        ("eva02_tiny_patch14_224", {"img_size": 28}, {"attention": "add"}),
+        ("swin_tiny_patch4_window7_224", {}, {"attention": "add", "drop_bias": True}),
+        ("swin_tiny_patch4_window7_224", {}, {"attention": "quadratic"}),
+    ],
+)
+def test_an_attention_with_another_core_comes_back(name, changes, config, tmp_path):
+    depth = (1, 1, 1, 1) if "swin" in name else 1
+    key = "depths" if "swin" in name else "depth"
+    create = {"model_name": name, key: depth, **changes}
+    torch.manual_seed(0)
+    model = timm.create_model(**create).eval()
+    reparameterize_(model, ReparamConfig(**config))
+    reparameterize_(model, ReparamConfig(attention_linears="shift_int8", mlp="moe"))
+    deployed = deploy(model)
+    x = torch.randn(2, 3, *[create.get("img_size", 224)] * 2)
+    save_deployed(deployed, tmp_path / "model.json", create)
+    loaded = load_deployed(tmp_path / "model.json")
+    with torch.no_grad():
+        assert torch.equal(loaded(x), deployed(x))
+    kinds = [type(part).__name__ for part in loaded.modules()]
+    assert kinds == [type(part).__name__ for part in deployed.modules()]
+    assert any(kind.startswith("Coded") for kind in kinds)
 
 
 def test_it_loads_in_a_fresh_process(saved, tmp_path):
