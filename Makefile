@@ -32,10 +32,10 @@ test: install
 	$(MAKE) --jobs 2 types together
 	$(BIN)/pytest -m alone
 
-types:
+types: install
 	$(BIN)/mypy
 
-together:
+together: install
 	$(BIN)/pytest -m "not alone" --numprocesses $(JOBS) --dist loadfile
 
 bench: install

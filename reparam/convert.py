@@ -20,6 +20,7 @@ from reparam.conversion_rules import LayerConfig, LayerRule, ReparamConfig, Shif
 from reparam.linear_forms import linear_in_form
 from reparam.model_structure import (
     candidates,
+    does_nothing,
     is_attention,
     is_gelu,
     linear_parts,
@@ -44,9 +45,6 @@ __all__ = [
 ]
 
 FilterFn = Callable[[nn.Module, str], bool]
-
-# An MLP of these alone treats each token by itself.
-_TOKEN_WISE = {"fc1", "act", "drop1", "norm", "fc2", "drop2"}
 
 
 class ConversionError(ValueError):
@@ -352,16 +350,14 @@ def _is_expert(mlp: nn.Module) -> bool:
     Of others, gated ones say, each linear is a mixture: deployed, tokens are dispatched by kernels.
     """
     parts = dict(mlp.named_children())
-    if not {"fc1", "act", "fc2"} <= parts.keys() <= _TOKEN_WISE:
-        return False
-    fc1, fc2 = parts["fc1"], parts["fc2"]
-    bare = isinstance(parts.get("norm", nn.Identity()), nn.Identity)
+    fc1, fc2, act = parts.pop("fc1", None), parts.pop("fc2", None), parts.pop("act", None)
     return (
         type(fc1) is nn.Linear
         and type(fc2) is nn.Linear
         and fc1.out_features == fc2.in_features
-        and bare
-        and is_gelu(parts["act"])
+        and act is not None
+        and is_gelu(act)
+        and does_nothing(parts.values())
     )
 
 

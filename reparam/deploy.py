@@ -25,7 +25,7 @@ from reparam.deployed_mlps import (
 from reparam.fuse import fuse_
 from reparam.hashing import SignHash
 from reparam.kept_memory import keep_freed_memory
-from reparam.model_structure import is_gelu
+from reparam.model_structure import does_nothing, is_gelu
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
 from reparam.one_thread import torch_on_one_thread_
@@ -137,7 +137,7 @@ def _in_one_mlp(module: nn.Module) -> nn.Module:
     if not (linears and act is not None and is_gelu(act)):
         return module
     conv = parts.pop("dwconv", None)
-    if any(not isinstance(part, nn.Identity | nn.Dropout) for part in parts.values()):
+    if not does_nothing(parts.values()):
         return module
     if conv is None and isinstance(fc1, DeployedLinear) and isinstance(fc2, DeployedLinear):
         if fc1.out_features != fc2.in_features:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -131,3 +131,8 @@ def is_gelu(act: nn.Module) -> bool:
     except (RuntimeError, TypeError, ValueError):
         return False
     return isinstance(found, Tensor) and torch.equal(found, F.gelu(probe))
+
+
+def does_nothing(parts: Iterable[nn.Module]) -> bool:
+    """Whether what else an MLP holds computes nothing at inference."""
+    return all(isinstance(part, nn.Identity | nn.Dropout) for part in parts)

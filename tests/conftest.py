@@ -7,8 +7,8 @@ from hypothesis import settings
 
 from profiler.samples import Timing
 
-# What judges how long something takes. Other tests measure too, and bear others beside them: of
-# them a figure is asked for, or a reason, and not which.
+# What judges how long something takes, and pytest-benchmark, which measures nothing in a process of
+# pytest-xdist. Other tests measure too, but what they ask holds on a busy machine as well.
 ALONE = (
     "bench",
     "kernels/test_peaks.py",

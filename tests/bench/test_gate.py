@@ -282,9 +282,8 @@ def test_the_same_code_is_not_slower_and_three_times_the_work_is(tree, tmp_path)
         ]
 
     unchanged, slowed = verdicts()
-    if (
-        "SLOWER" in unchanged
-    ):  # up to 3 % may be false alarms (gate_error_rates.py), not two in turn
+    if "SLOWER" in unchanged:
+        # Up to 3 % may be false alarms (gate_error_rates.py), but not two in turn.
         unchanged, slowed = verdicts()
     assert "SLOWER" not in unchanged
     assert slowed == ["SLOWER", "SLOWER"]
