@@ -59,6 +59,7 @@ class FormFacts:
         extra_bytes: Bytes of parameters for each output channel of a linear.
         prepares: Whether a linear quantises or rounds its rows before it multiplies.
         x_dtype_bytes: Bytes of an element of x at the width that it is multiplied in.
+        decodes: Whether a weight is stored otherwise than it is multiplied.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class FormFacts:
     extra_bytes: int
     prepares: bool
     x_dtype_bytes: float
+    decodes: bool
 
 
 @functools.cache
@@ -83,6 +85,8 @@ def form_facts(form: str) -> FormFacts:
     if probe.coded == "w":
         w_bits = probe.code_bits
     linear = probe.kind == "linear"
+    # ±2^-6 … ±2^0, times 64, are int8 weights as they are.
+    whole = (probe.x_dtype, probe.code_bits, probe.exponent_min) == ("int8", 8, -6)
     return FormFacts(
         kind=probe.kind,
         products=2 if probe.kind == "attention" else 1,
@@ -92,6 +96,7 @@ def form_facts(form: str) -> FormFacts:
         extra_bytes=4 * (("scale" in probe.fused) + ("bias" in probe.fused)) if linear else 0,
         prepares=bool({"quantise", "cast"} & set(probe.fused)),
         x_dtype_bytes=DTYPE_BITS[probe.x_dtype] / 8,
+        decodes=probe.alphabet == "pow2" and not whole,
     )
 
 

@@ -26,6 +26,7 @@ L2_BYTES = 2**20
 LAST_LEVEL_BYTES = 32 * 2**20
 
 # Of our CPU schedules: output channels of a panel, and lanes of a vector.
+_FEW_ROWS = 4
 _PANEL = 32
 _LANES = 16
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it; as many
@@ -70,19 +71,26 @@ Terms = dict[str, Numbers]
 def panel_rows(device: DeviceInfo, facts: FormFacts) -> int:
     """Rows of a tile of our linear kernels on a CPU: half of what its vector registers hold.
 
-    All but one where weights are decoded in fp32, once for all rows of a tile.
+    All but one where weights are decoded in fp32, once for all rows of a tile; and where there are
+    few registers, those that fit with half a panel, but for int8 weights.
 
-    Source: ``kernels.lowerings.panel_gemm.default_schedule``.
+    Source: ``kernels.lowerings.panel_gemm.default_tile_rows``.
     """
     flags = device.isa.split()
     registers, lanes = (32, 16) if "avx512f" in flags else (16, 8)
     if "asimd" in flags:
         registers, lanes = 32, 4
-    a_row = _PANEL // lanes
-    largest = max(1, (registers - a_row - 2) // a_row)
+
+    def fit(a_row: int) -> int:
+        return max(1, (registers - a_row - 2) // a_row)
+
+    largest, of_half_panels = fit(_PANEL // lanes), fit(_PANEL // lanes // 2)
+    if largest < _FEW_ROWS:
+        if facts.x_dtype_bytes == 1 and not facts.decodes:
+            return largest
+        return of_half_panels if facts.x_dtype_bytes == 4 else max(1, of_half_panels * 2 // 3)
     half = max(largest // 2, min(largest, 4))
-    decodes = facts.w_bytes < facts.x_dtype_bytes == 4
-    return max(half, largest - 1) if decodes else half
+    return max(half, largest - 1) if facts.decodes and facts.x_dtype_bytes == 4 else half
 
 
 def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, ...]:

@@ -22,7 +22,7 @@ import tvm
 from torch import Tensor
 from tvm import tirx
 
-from kernels.cuda_compiler import cuda_compiler
+from kernels.compilation import compile_program, runnable
 from kernels.forms import AROUND, FORMS
 from kernels.lowerings import add, cuda, cuda_add, cuda_linear, panel_gemm
 from kernels.lowerings.arithmetic import AMX, ARITHMETIC
@@ -267,12 +267,17 @@ def compiled(
     Raises:
         BuildError: If the schedule is none of the lowering's.
     """
-    known = LOWERINGS[lowering]
     if schedule is None:
-        schedule = known.default_schedule(family, target)
-    if not _is_schedule(schedule, known.schedule_space(target)):
+        schedule = LOWERINGS[lowering].default_schedule(family, target)
+    return _compiled(lowering, family, target, _checked(lowering, target, schedule))
+
+
+def _checked(
+    lowering: str, target: KernelTarget, schedule: Mapping[str, int]
+) -> tuple[tuple[str, int], ...]:
+    if not _is_schedule(schedule, LOWERINGS[lowering].schedule_space(target)):
         raise BuildError(f"{lowering}: no schedule of its on {target.chip}: {dict(schedule)}")
-    return _compiled(lowering, family, target, tuple(sorted(schedule.items())))
+    return tuple(sorted(schedule.items()))
 
 
 def _is_schedule(schedule: Mapping[str, int], space: Mapping[str, tuple[int, ...]]) -> bool:
@@ -286,12 +291,12 @@ def _compiled(
     return compile_program(LOWERINGS[lowering].define(family, target, dict(schedule)), target)
 
 
-def compile_program(function: tirx.PrimFunc, target: KernelTarget) -> tvm.runtime.Executable:
-    """Compiles one function ``main``."""
-    # It would forget which arrays belong on the stack (kernels.lowerings.emit.local).
-    keep = {"tirx.disable_storage_rewrite": target.name == "llvm"}
-    with cuda_compiler(), tvm.transform.PassContext(config=keep):
-        return tvm.compile(tvm.IRModule({"main": function}), target=target.tvm)
+@functools.cache
+def _runnable(
+    lowering: str, family: Workload, target: KernelTarget, schedule: tuple[tuple[str, int], ...]
+) -> Callable[..., None]:
+    """The same for this machine's CPU."""
+    return runnable(LOWERINGS[lowering].define(family, target, dict(schedule)), target)
 
 
 def arguments(operands: Operands) -> tuple[Tensor, ...]:
@@ -353,11 +358,12 @@ def build(
         )
     if schedule is None:
         schedule = best_schedule(workload, lowering, target)
-    main = compiled(lowering, workload.family, target, schedule)["main"]
     if target.name == "cuda":
+        main = compiled(lowering, workload.family, target, schedule)["main"]
         memory = functools.partial(LOWERINGS[lowering].memory, workload, schedule)
         launch = _also_without_tokens(_on_gpu(main, memory))
     else:
+        main = _runnable(lowering, workload.family, target, _checked(lowering, target, schedule))
         launch = main if workload.kind == "linear" else _also_without_tokens(main)
     return Kernel(workload, lowering, False, arguments, launch, schedule=schedule)
 

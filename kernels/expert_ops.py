@@ -22,7 +22,8 @@ from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.arithmetic import fastest
 from kernels.lowerings.mixture import Sizes
-from kernels.lowerings.panel_gemm import RESIDENT_WEIGHT_BYTES, default_schedule
+from kernels.lowerings.panel_gemm import RESIDENT_WEIGHT_BYTES, default_tile_rows
+from kernels.lowerings.register_tiles import largest_tile_rows
 from kernels.operators import operator
 from kernels.packing import NIBBLE_BITS
 from kernels.targets import cpu_target
@@ -76,15 +77,11 @@ def experts_kernel(
     each, target = list(pairwise(sizes)), cpu_target()
     linears = [linear_workload(form, 1, *size) for form, size in zip(forms, cycle(each))]
     by_amx = [bool(fastest(form, target).unit.amx) for form in forms]
-    tile_rows = max(
-        (
-            default_schedule(one, target)["tile_rows"]
-            for one, amx in zip(linears, by_amx)
-            if not amx
-        ),
-        default=BLOCK_ROWS,
-    )
-    task_rows, experts = BLOCK_ROWS if any(by_amx) else tile_rows, len(forms) // len(each)
+    own_rows = [default_tile_rows(one, target) for one in linears]
+    most = max((rows for rows, amx in zip(own_rows, by_amx) if not amx), default=BLOCK_ROWS)
+    whole_panels = most <= largest_tile_rows(target) or all(by_amx)
+    tile_rows = (most,) * len(forms) if whole_panels else tuple(own_rows)
+    task_rows, experts = BLOCK_ROWS if any(by_amx) else most, len(forms) // len(each)
     weight_bytes = sum(one.weight_bytes for one in linears) / experts
     if weight_bytes > RESIDENT_WEIGHT_BYTES:
         task_rows = _FAR_TASK_ROWS // task_rows * task_rows

@@ -1,4 +1,4 @@
-"""Kernels of what lies around the products of a deployed layer, each built once a process."""
+"""Kernels of what lies around the products of a deployed layer, each loaded once a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 from tvm import tirx
 
-from kernels.build import compile_program
+from kernels.compilation import runnable
 from kernels.lowerings.angular import angular_attention
 from kernels.lowerings.depthwise import depthwise_gelu, depthwise_mixture
 from kernels.lowerings.layer_norm import layer_norm
@@ -37,5 +37,4 @@ def layer_kernel(name: str, *fixed: Hashable) -> Callable[..., None]:
             tensors.
     """
     target = cpu_target()
-    main: Callable[..., None] = compile_program(LAYER_KERNELS[name](*fixed, target), target)["main"]
-    return main
+    return runnable(LAYER_KERNELS[name](*fixed, target), target)

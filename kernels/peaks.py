@@ -11,15 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import tvm
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
 from kernels.build import set_threads
+from kernels.compilation import runnable
 from kernels.lowerings import amx
 from kernels.lowerings.emit import LANES, argument, at, fill, local, program
 from kernels.lowerings.inner_product import Unit, amx_bf16, amx_int8, bf16_dot, fma, int8_dot
-from kernels.lowerings.panel_gemm import VECTORS, largest_tile_rows
+from kernels.lowerings.panel_product import VECTORS
+from kernels.lowerings.register_tiles import largest_tile_rows
 from kernels.packing import PANEL
 from kernels.targets import KernelTarget, cpu_target
 
@@ -92,14 +93,12 @@ _UNITS: dict[str, Callable[[KernelTarget], Unit]] = {
 
 
 @functools.cache
-def _compiled(name: str, target: KernelTarget) -> Callable[..., None]:
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        module = tvm.IRModule({"main": _accumulate(target, _UNITS[name](target))})
-        return tvm.compile(module, target=target.tvm)["main"]
+def _multiplies(name: str, target: KernelTarget) -> Callable[..., None]:
+    return runnable(_accumulate(target, _UNITS[name](target)), target)
 
 
 def _arithmetic(name: str, threads: int, target: KernelTarget) -> Peak:
-    unit, main = _UNITS[name](target), _compiled(name, target)
+    unit, main = _UNITS[name](target), _multiplies(name, target)
     seed = torch.rand(threads, VECTORS * LANES * unit.group)
     if unit.weights == "int16":
         seed = seed.bfloat16().view(torch.int16)

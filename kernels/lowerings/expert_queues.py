@@ -38,10 +38,11 @@ class Router:
 
 @dataclass(frozen=True)
 class Linear:
-    """One of an expert's linears: its product, and what it does with its input."""
+    """One of an expert's linears: its product, what it does with its input, rows of a tile."""
 
     product: PanelProduct
     fused: Collection[str]
+    tile_rows: int
 
     @property
     def dtype(self) -> str:

@@ -22,6 +22,7 @@ from kernels.lowerings.emit import LANES, argument, at, held, program, rows_of, 
 from kernels.lowerings.expert_queues import ExpertQueues, Linear, Router
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import PanelProduct, Rows, store_row
+from kernels.lowerings.register_tiles import largest_tile_rows
 from kernels.packing import PANEL
 from kernels.targets import KernelTarget
 
@@ -35,7 +36,8 @@ class Sizes:
     Attributes:
         block_rows: Tokens, at most, that a thread routes before it goes on with the experts.
         task_rows: Of them, as many at a time as go through all of an expert's linears.
-        tile_rows: Of them, as many at a time as vector registers hold sums of.
+        tile_rows: Of them, as many at a time as vector registers hold sums of: by linear, the
+            first expert's first.
         threads: That share the tokens.
         k: Features of a token.
         widths: Outputs of each of an expert's linears, one or two, in turn.
@@ -47,7 +49,7 @@ class Sizes:
 
     block_rows: int
     task_rows: int
-    tile_rows: int
+    tile_rows: tuple[int, ...]
     threads: int
     k: int
     widths: tuple[int, ...]
@@ -152,14 +154,15 @@ def through_experts(
             inputs, n = (sizes.k, *sizes.widths)[step], sizes.widths[step]
             fused = FORMS[form]["fused"]
             own = PanelProduct.declared(inputs, n, arithmetic[form], fused, f"_{place}")
-            linears.append(Linear(own, fused))
+            linears.append(Linear(own, fused, sizes.tile_rows[place]))
         shape = (images, each, sizes.widths[-1])
         added = argument("residual", shape, "float32") if sizes.residual else None
         out = argument("out", shape, "float32")
         tokens = tokens_of()
         residual = None if added is None else rows_of(added)
         activation = gelu(target) if sizes.gelu else None
-        experts = _Experts(sizes, router, linears, activation, residual, rows_of(out))
+        fit = largest_tile_rows(target)
+        experts = _Experts(sizes, router, linears, fit, activation, residual, rows_of(out))
         share = tirx.floordiv(tokens.chunks + (sizes.threads - 1), sizes.threads)
         with T.parallel(0, sizes.threads) as thread:
             first = held(thread * share)
@@ -170,11 +173,12 @@ def through_experts(
 
 @dataclass(frozen=True)
 class _Experts:
-    """Their linears, what follows the first, and where the last of them writes."""
+    """Their linears, of how many rows sums fit, what follows, and where the last of them writes."""
 
     sizes: Sizes
     router: Router | None
     linears: Sequence[Linear]
+    fit: int
     activation: Callable[[Any], Any] | None
     residual: Any
     out: Any
@@ -240,7 +244,8 @@ class _Experts:
                 first,
                 some,
                 self.sizes.task_rows,
-                self.sizes.tile_rows,
+                linear.tile_rows,
+                self.fit,
                 partial(_from, scale, first) if "quantise" in linear.fused else None,
                 self.activation if is_first else None,
                 memory.weight.__getitem__ if is_last and self.router else None,

@@ -57,6 +57,7 @@ class Rows:
         count: How many, symbolic.
         most: How many there can be.
         tile: How many at a time, where sums are in vector registers.
+        fit: Of how many a whole panel's sums fit there.
         scale: ``scale(row)``, where they were quantised.
         activation: Of a vector of results, where one follows.
         weight: ``weight(row)``, a factor of the result.
@@ -68,6 +69,7 @@ class Rows:
     count: Any
     most: int
     tile: int
+    fit: int
     scale: Callable[[Any], Any] | None = None
     activation: Callable[[Any], Any] | None = None
     weight: Callable[[Any], Any] | None = None

@@ -11,6 +11,18 @@ from tvm import tirx
 from kernels.lowerings.emit import LANES, at, fill, local, row_blocks
 from kernels.lowerings.panel_product import VECTORS, PanelProduct, Rows
 from kernels.packing import PANEL
+from kernels.targets import KernelTarget
+
+
+def largest_tile_rows(target: KernelTarget, vectors: int = VECTORS) -> int:
+    """Rows of accumulators that fit the registers beside one row of weights and an activation.
+
+    Args:
+        target: The CPU.
+        vectors: Of a panel, that are summed at once.
+    """
+    registers_a_row = vectors * LANES * 32 // target.vector_bits
+    return max(1, (target.vector_registers - registers_a_row - 2) // registers_a_row)
 
 
 def multiply(
@@ -53,23 +65,30 @@ def multiply(
 def _sums(
     product: PanelProduct, rows: Rows, start: Any, count: int, panel: Any, plane: int
 ) -> list[list[Any]]:
-    """A tile's sums by row and vector; a vector of weights is loaded once for all rows."""
+    """A tile's sums by row and vector; a vector of weights is loaded once for all rows.
+
+    Of rows whose sums do not fit the registers, a panel's vectors are summed one after the other:
+    twice the rows share what is loaded and decoded.
+    """
     unit, width = product.unit, LANES * product.unit.group
     sums, weights = local(count * PANEL, unit.total), local(VECTORS * width, unit.weights)
     where = [[at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(count)]
     for r in range(count):
         for v in range(VECTORS):
             T.buffer_store(sums, fill(tirx.const(0, unit.total), LANES), [where[r][v]])
-    with T.serial(0, product.steps) as step:
-        if rows.fetch is not None:
-            rows.fetch(count, step)
-        for v in range(VECTORS):
-            value = product.weights(plane, panel, step, v)
-            T.buffer_store(weights, value, [at(v * width, width)])
-        for r in range(count):
-            inputs = rows.buffer[rows.first + start + r, at(step * unit.group, unit.group)]
-            inputs = fill(tirx.reinterpret("int32", inputs) if unit.group > 1 else inputs, LANES)
-            for v in range(VECTORS):
-                value = unit.multiply(sums[where[r][v]], inputs, weights[at(v * width, width)])
-                T.buffer_store(sums, value, [where[r][v]])
+    everything = tuple(range(VECTORS))
+    for vectors in [everything] if count <= rows.fit else [(v,) for v in everything]:
+        with T.serial(0, product.steps) as step:
+            if rows.fetch is not None and vectors[0] == 0:
+                rows.fetch(count, step)
+            for v in vectors:
+                value = product.weights(plane, panel, step, v)
+                T.buffer_store(weights, value, [at(v * width, width)])
+            for r in range(count):
+                inputs = rows.buffer[rows.first + start + r, at(step * unit.group, unit.group)]
+                inputs = tirx.reinterpret("int32", inputs) if unit.group > 1 else inputs
+                for v in vectors:
+                    weight = weights[at(v * width, width)]
+                    value = unit.multiply(sums[where[r][v]], fill(inputs, LANES), weight)
+                    T.buffer_store(sums, value, [where[r][v]])
     return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(count)]

@@ -37,7 +37,7 @@ from unicorn.arm64_const import (
 
 import kernels.expert_ops
 import kernels.layer_kernels
-from kernels.build import compile_program
+from kernels.compilation import compile_program
 from kernels.targets import KernelTarget
 
 # Memory of the emulated machine: where each part begins, and how large it is. Nothing lies
@@ -236,8 +236,8 @@ class EmulatedArm:
 def emulation(target: KernelTarget) -> Iterator[None]:
     """Within it the kernels of deployed layers are built for an Arm target, and emulated."""
 
-    def emulated(function: tirx.PrimFunc, target: KernelTarget) -> dict[str, EmulatedArm]:
-        return {"main": EmulatedArm(compile_program(function, target))}
+    def emulated(function: tirx.PrimFunc, target: KernelTarget) -> EmulatedArm:
+        return EmulatedArm(compile_program(function, target))
 
     def build_anew() -> None:
         kernels.layer_kernels.layer_kernel.cache_clear()
@@ -245,7 +245,7 @@ def emulation(target: KernelTarget) -> Iterator[None]:
 
     build_anew()
     with (
-        patch.object(kernels.layer_kernels, "compile_program", emulated),
+        patch.object(kernels.layer_kernels, "runnable", emulated),
         patch.object(kernels.layer_kernels, "cpu_target", lambda: target),
         patch.object(kernels.expert_ops, "cpu_target", lambda: target),
     ):

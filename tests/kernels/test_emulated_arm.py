@@ -10,7 +10,8 @@ from emulated_arm import EmulatedArm, emulation
 from test_byte_dot import EXTREMES, extreme
 from unicorn import UcError
 
-from kernels.build import arguments, compile_program, compiled, lowerings
+from kernels.build import arguments, compiled, lowerings
+from kernels.compilation import compile_program
 from kernels.lowerings.emit import argument, program
 from kernels.reference import max_abs_error, random_operands
 from kernels.targets import cpu_target

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import kernels.expert_ops
 import kernels.layer_ops  # noqa: F401  both register torch.ops.shiftadd
-from kernels.build import compile_program, set_threads
+from kernels.build import set_threads
+from kernels.compilation import compile_program
 from kernels.layer_kernels import layer_kernel
 from kernels.lowerings.emit import argument, at, program
 from kernels.lowerings.gelu import _by_pieces, gelu
