@@ -59,10 +59,10 @@ def runnable(function: tirx.PrimFunc, target: KernelTarget) -> Callable[..., Non
     program = compile_program(function, target)
     try:
         _keep(program, library)
-    except (OSError, RuntimeError) as error:
+        return tvm.runtime.load_module(str(library))["main"]
+    except (OSError, RuntimeError, ValueError) as error:
         _warn_once(f"compiled kernels are not kept: {error}")
         return program["main"]
-    return tvm.runtime.load_module(str(library))["main"]
 
 
 def kept_programs() -> Path | None:

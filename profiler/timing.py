@@ -304,11 +304,13 @@ def _take_burst(
     contamination: Contamination,
 ) -> Burst:
     most_ms = max(settings.warmup_ms, settings.warmup_max_ms / 10)
+    look, clock_rate = contamination.core_share, contamination.clock_rate
+    # Before the rest: it runs on our threads, which spin on for a while and yield to no end where
+    # a candidate's own take all cores.
+    rates = [clock_rate()] if clock_rate else []
     candidate.rest()
     _warm_up(candidate.warm, settings.warmup_ms, most_ms, clock, candidate.clock_mhz)
     samples, waited_ms = [], []
-    look, clock_rate = contamination.core_share, contamination.clock_rate
-    rates = [clock_rate()] if clock_rate else []
     start = clock()
     stolen_s, others_s = contamination.stolen_s(), contamination.others_s()
     shares = [look()] if look else []

@@ -71,7 +71,8 @@ def save_deployed(model: nn.Module, path: str | Path, create: dict[str, Any]) ->
         "fused": any(isinstance(module, _FUSED) for module in model.modules()),
         "modules": modules,
     }
-    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    named = {**model.state_dict(), **_remembered(model)}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in named.items()}
     with whole_file(path.with_suffix(".safetensors")) as part:
         save_file(tensors, part)
     write_whole(path, json.dumps(content, indent=1) + "\n")
@@ -103,16 +104,29 @@ def load_deployed(path: str | Path) -> nn.Module:
             made = _coded(model.get_submodule(fqn), spec) if is_coded else _made(spec)
             replace_(model, fqn, made)
             open_(model.get_submodule(fqn.rpartition(".")[0]))
+        # Before fusing: what it traces may ask how large they are.
+        remembered = _remembered(model).keys() & tensors.keys()
+        for name in remembered:
+            owner, _, buffer = name.rpartition(".")
+            setattr(model.get_submodule(owner), buffer, tensors[name])
         if content["fused"]:
             fuse_and_prepare_(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DeployedFileError(f"{path}: modules do not fit the model ({error!r})") from error
+    for name in remembered - model.state_dict().keys():
+        del tensors[name]
     try:
         # In place of the constructor's tensors: those of layer norms have other shapes.
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise DeployedFileError(f"{path.with_suffix('.safetensors')}: {error}") from error
     return model.requires_grad_(False)
+
+
+def _remembered(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are in no state dict, which a first pass may have made anew (convit's)."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -64,7 +64,7 @@ def test_the_other_device_cuts_its_own_tiles(source):
         source.core.model_copy(update={"name": "panels"}), form_facts("mult_fp32"), THERE
     )
     assert isinstance(machine, Machine)
-    assert machine.tile_rows == 2 and machine.units == 1
+    assert machine.tile_rows == 6 and machine.units == 1
 
 
 def test_resources():

@@ -60,6 +60,21 @@ def test_a_linear_whose_bias_is_held_apart_is_called_again(tmp_path):
         assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
 
 
+def test_buffers_that_a_first_pass_has_made_come_back(tmp_path):
+    """convit's distances of patches, which it would make anew on its linear's device."""
+    sizes = {"img_size": 32, "depth": 2, "local_up_to_layer": 1, "num_classes": 5}
+    create = {"model_name": "convit_tiny", **sizes}
+    torch.manual_seed(0)
+    model, x = timm.create_model(**create).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+    reparameterize_(model, ReparamConfig(attention_linears="shift_int8", mlp="moe"))
+    deployed = deploy(model)
+    save_deployed(deployed, tmp_path / "model.json", create)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
+
+
 @pytest.mark.parametrize(
     "config, by_hand, named",
     [
