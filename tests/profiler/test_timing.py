@@ -179,6 +179,24 @@ def test_nothing_runs_for_a_while_before_each_burst(monkeypatch):
     assert handovers == [("a", "b")]
 
 
+def test_the_clock_is_read_before_the_rest_and_behind_the_samples(monkeypatch):
+    """Our threads, on which it is read, spin on beside what comes next."""
+    simulation, told = Simulation(), []
+    launch = simulation.launch("a", 0.1, lambda: told.append("a"))
+    monkeypatch.setattr("profiler.timing.time.sleep", lambda seconds: told.append("rest"))
+
+    def rate():
+        told.append("clock")
+        return 1.0
+
+    settings = TimingSettings(rounds_min=6, rest_ms=7.0)
+    simulation.measure({"a": launch}, settings, clock_rate=rate)
+    first = told.index("clock")
+    assert set(pairwise(told[first:])) == {
+        ("clock", "rest"), ("rest", "a"), ("a", "a"), ("a", "clock"), ("clock", "clock")
+    }  # fmt: skip
+
+
 def test_a_steady_launch_is_warmed_up_no_longer_than_it_takes_to_see_that():
     simulation = Simulation()
     settings = TimingSettings(rounds_min=6, warmup_ms=5.0, warmup_max_ms=200.0, burst_ms=15.0)
