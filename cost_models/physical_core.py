@@ -25,10 +25,11 @@ L1_BYTES = 32 * 2**10
 L2_BYTES = 2**20
 LAST_LEVEL_BYTES = 32 * 2**20
 
-# Of our CPU schedules: output channels of a panel, and lanes of a vector.
-_FEW_ROWS = 4
+# Of our CPU schedules: output channels of a panel, lanes of a vector, and rows of whole panels of
+# which half panels are summed where fewer fit the registers.
 _PANEL = 32
 _LANES = 16
+_FEW_ROWS = 4
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it; as many
 # bytes of rows are prepared at a time.
 _STREAM_BYTES = 512 * 2**10
@@ -77,9 +78,8 @@ def panel_rows(device: DeviceInfo, facts: FormFacts) -> int:
     Source: ``kernels.lowerings.panel_gemm.default_tile_rows``.
     """
     flags = device.isa.split()
-    registers, lanes = (32, 16) if "avx512f" in flags else (16, 8)
-    if "asimd" in flags:
-        registers, lanes = 32, 4
+    registers = 32 if {"avx512f", "asimd"} & set(flags) else 16
+    lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
 
     def fit(a_row: int) -> int:
         return max(1, (registers - a_row - 2) // a_row)

@@ -1,8 +1,8 @@
 """A program of TIR -> what can be launched, compiled once a machine and not once a process.
 
-A deployed model is some thirty kernels, which take ten seconds to compile. Linked, they are kept in
-a folder, by what they were compiled from; a process that finds them there loads them in a
-millisecond each. ``SHIFTADD_KERNEL_CACHE`` names another folder, or ``off``.
+A deployed model is some thirty kernels, which take ten to twenty seconds to compile. Linked, they
+are kept in a folder, by what they were compiled from; a process that finds them there loads them in
+a millisecond each. ``SHIFTADD_KERNEL_CACHE`` names another folder, or ``off``.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def experts_kernel(
     by_amx = [bool(fastest(form, target).unit.amx) for form in forms]
     own_rows = [default_tile_rows(one, target) for one in linears]
     most = max((rows for rows, amx in zip(own_rows, by_amx) if not amx), default=BLOCK_ROWS)
+    # A task is then one tile of every linear; tiles of half panels are of some linears only.
     whole_panels = most <= largest_tile_rows(target) or all(by_amx)
     tile_rows = (most,) * len(forms) if whole_panels else tuple(own_rows)
     task_rows, experts = BLOCK_ROWS if any(by_amx) else most, len(forms) // len(each)

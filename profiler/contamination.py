@@ -39,8 +39,8 @@ class Contamination:
             that it means something over a whole measurement only.
         core_share: No counter: how fast the core works now beside its fastest, 0 to 1; read before
             and after each sample. None: nobody looks. See ``profiler.shared_core``.
-        clock_rate: Nor this: how fast the CPU's clock is now; read before and after the samples of
-            each burst. None: nobody looks. See ``profiler.clock``.
+        clock_rate: Nor this: how fast the CPU's clock is now; read before the rest and after the
+            samples of each burst. None: nobody looks. See ``profiler.clock``.
     """
 
     waited_s: Callable[[], float] = _never

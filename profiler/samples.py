@@ -175,7 +175,7 @@ class Burst:
             empty for a device that does not tell.
         core_shares: The lower of the core's shares before and after each sample, ``(samples,)``;
             empty where nobody looked.
-        clock_rates: Of the CPU before and after the samples; empty where nobody looked.
+        clock_rates: Of the CPU before the rest and after the samples; empty where nobody looked.
     """
 
     number: int

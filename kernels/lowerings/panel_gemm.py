@@ -30,7 +30,7 @@ from kernels.packing import DOT_GROUP, NIBBLE_BITS, PANEL
 from kernels.targets import KernelTarget
 from kernels.workload import Workload
 
-# Where fewer fit the registers, more do of half a panel.
+# Where fewer of whole panels fit the registers, a tile is of half panels.
 _FEW_ROWS = 4
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it.
 _STREAM_WEIGHT_BYTES = 512 * 1024
@@ -46,10 +46,9 @@ _LINE_BYTES = 64
 
 def schedule_space(target: KernelTarget) -> dict[str, tuple[int, ...]]:
     """What may be chosen: ``tile_rows``, and ``panels_outer`` (1: keep a panel of weights hot)."""
-    largest, least = largest_tile_rows(target), largest_tile_rows(target) // 3
-    if largest < _FEW_ROWS:
-        largest = largest_tile_rows(target, vectors=1)
-    return {"tile_rows": tuple(range(max(1, least), largest + 1)), "panels_outer": (0, 1)}
+    whole = largest_tile_rows(target)
+    most = largest_tile_rows(target, vectors=1) if whole < _FEW_ROWS else whole
+    return {"tile_rows": tuple(range(max(1, whole // 3), most + 1)), "panels_outer": (0, 1)}
 
 
 def default_schedule(workload: Workload, target: KernelTarget) -> dict[str, int]:

@@ -87,8 +87,8 @@ def _sums(
             for r in range(count):
                 inputs = rows.buffer[rows.first + start + r, at(step * unit.group, unit.group)]
                 inputs = tirx.reinterpret("int32", inputs) if unit.group > 1 else inputs
+                inputs = fill(inputs, LANES)
                 for v in vectors:
-                    weight = weights[at(v * width, width)]
-                    value = unit.multiply(sums[where[r][v]], fill(inputs, LANES), weight)
+                    value = unit.multiply(sums[where[r][v]], inputs, weights[at(v * width, width)])
                     T.buffer_store(sums, value, [where[r][v]])
     return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(count)]

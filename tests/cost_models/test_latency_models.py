@@ -62,12 +62,20 @@ def test_a_group_is_the_widths_whatever_the_tokens():
     )
 
 
-@pytest.mark.parametrize("chip", ["znver4", "x86-64-v3", "x86-64-v4"])
-def test_tile_rows_are_those_of_our_schedules(chip):
-    isa = "avx2" if chip == "x86-64-v3" else "avx512f avx2"
-    device = CPU.model_copy(update={"isa": isa})
+@pytest.mark.parametrize(
+    "chip, triple, isa",
+    [
+        ("znver4", None, "avx512f avx2"),
+        ("x86-64-v4", None, "avx512f avx2"),
+        ("x86-64-v3", None, "avx2"),
+        ("x86-64-v2", None, "ssse3"),
+        ("cortex-a72", "aarch64-linux-gnu", "asimd"),
+    ],
+)
+def test_tile_rows_are_those_of_our_schedules(chip, triple, isa):
+    device, target = CPU.model_copy(update={"isa": isa}), cpu_target(chip, triple)
     for form in (form for form, fields in FORMS.items() if fields["w_layout"] == "nk"):
-        schedule = panel_gemm.default_schedule(linear(form, 9, 64, 64), cpu_target(chip))
+        schedule = panel_gemm.default_schedule(linear(form, 9, 64, 64), target)
         assert panel_rows(device, form_facts(form)) == schedule["tile_rows"]
 
 

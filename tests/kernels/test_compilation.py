@@ -142,11 +142,15 @@ def test_a_compilation_that_fails_leaves_nothing(folder, monkeypatch):
 
 
 def test_what_was_not_used_for_longest_makes_room(folder, monkeypatch):
-    runnable(*_program())
-    runnable(*_program(k=28))
-    older, newer = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    os.utime(newer, (1, 1))  # used before the other, as it were
-    monkeypatch.setattr(kernels.compilation, "LARGEST_BYTES", older.stat().st_size + 1)
+    used, unused = (
+        folder / f"{kernels.compilation._identity(*_program(k=k))}.so" for k in (24, 28)
+    )
+    for k in (24, 28):
+        runnable(*_program(k=k))
+    os.utime(used, (1, 1))
+    os.utime(unused, (2, 2))
+    runnable(*_program(k=24))
+    monkeypatch.setattr(kernels.compilation, "LARGEST_BYTES", used.stat().st_size + 1)
     kernels.compilation._make_room.cache_clear()
     runnable(*_program(k=32))
-    assert older.exists() and not newer.exists()
+    assert used.exists() and not unused.exists()
