@@ -3,6 +3,9 @@
 python tests/prove/schedules.py --against tile_rows=128,panels_outer=0,panels=1
     --lowerings mult.amx_dot,mult.amx_pairs,shift.amx_dot,shift.amx_nibbles
 
+python tests/prove/schedules.py --against tile_rows=2 --lowerings mult.panels,shift.panels
+    --config shiftaddvit-paper-one     (AVX2: tiles of whole panels, as before there were half ones)
+
 Shapes are drawn from a sweep, of each lowering as many with more than --wide outputs as with fewer,
 and operands are random; every kernel is checked against the oracle first. Prints geometric means
 with Student's 95 % interval over the shapes. Exit code 1 if the default is surely slower.
@@ -68,7 +71,7 @@ def drawn(tasks: Sequence[Task], names: Sequence[str], shapes: int, wide: int) -
 @app.command(help=__doc__)
 def main(
     lowerings: Annotated[str, typer.Option(help="Names, separated by commas.")],
-    against: Annotated[str, typer.Option(help="A value for each parameter of a schedule.")],
+    against: Annotated[str, typer.Option(help="Values of a schedule; others are as by default.")],
     config: Annotated[str, typer.Option(help="Sweep that shapes are of.")] = "latency-models",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     shapes: Annotated[int, typer.Option(min=2, help="Of each lowering and side of --wide.")] = 12,
@@ -83,7 +86,7 @@ def main(
     set_threads(threads)
     ratios: dict[bool, list[float]] = {True: [], False: []}
     for task in drawn(tasks_of(setting), names, shapes, wide):
-        timings = time(launches(task), [task.default, other], PRESETS["quick"])
+        timings = time(launches(task), [task.default, {**task.default, **other}], PRESETS["quick"])
         if any(timing.latency_ms is None for timing in timings):
             print(f"{task.label}: {timings[0].reason or timings[1].reason}", flush=True)
             continue
