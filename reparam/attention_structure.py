@@ -145,6 +145,8 @@ def example_input(model: nn.Module) -> Tensor:
         size = (size, size)
     first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else channels
+    # A model may change the channels before its first convolution, and says then what it takes.
+    channels = getattr(model, "in_chans", channels)
     noise = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     parameter = next(model.parameters())
     return noise.to(parameter)

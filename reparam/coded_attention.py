@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -90,9 +91,29 @@ class _Replaced(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is FUSED and not self.score_products:
-            return self.core.attend(*args, **kwargs)
+            return self._attend(*args, **kwargs)
         if is_product(func, args):
             self.seen += 1
             if self.seen - 1 in self.score_products:
-                return self.core.scores(*args, **kwargs)
+                return self.core.scores(*_of_each_head(*args), **kwargs)
         return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        enable_gqa: bool = False,
+        **named: Any,
+    ) -> Tensor:
+        if enable_gqa:
+            sharing = query.shape[-3] // key.shape[-3]
+            key, value = (part.repeat_interleave(sharing, dim=-3) for part in (key, value))
+        return self.core.attend(*_of_each_head(query, key, value), *rest, **named)
+
+
+def _of_each_head(*parts: Tensor) -> list[Tensor]:
+    """Gives each head keys and values of its own, where heads share them."""
+    heads = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
+    return [part.expand(*heads, *part.shape[-2:]) for part in parts]

@@ -182,7 +182,7 @@ def test_100_damaged_stores(command, tmp_path, monkeypatch, sound_store):
         (export.app, "--store", "bad.sqlite", "--to", "rows.csv", "--timm", "timm.csv"),
         (compare.app, "sound.sqlite", "bad.sqlite"),
         (compare.app, "bad.sqlite", "sound.sqlite"),
-        (fit.app, "--store", "bad.sqlite", "--out", "fitted"),
+        (fit.app, "--store", "bad.sqlite", "--out", "fitted", "--prior", "none"),
         (sweep.app, "--config", "valid.toml", "--store", "bad.sqlite"),
     )
     refused = 0

@@ -37,11 +37,11 @@ CONFIG = SweepConfig(
 )
 # Its figures mean nothing and are not looked at: what counts is what is in the store.
 TIMING = TimingSettings(
-    sample_ms=0.2,
+    sample_ms=0.05,
     rest_ms=0,
     warmup_ms=0,
     warmup_max_ms=0.1,
-    burst_ms=2,
+    burst_ms=0.5,
     rounds_min=6,
     max_time_s=0.01,
 )

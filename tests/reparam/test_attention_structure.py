@@ -67,3 +67,5 @@ def test_the_example_follows_the_models_own_size():
         timm.create_model("vit_tiny_patch16_224", img_size=48, in_chans=1)
     ).shape == (2, 1, 48, 48)
     assert example_input(timm.create_model("levit_128s")).shape == (2, 3, 224, 224)
+    # A transform of its colours comes before its first convolution.
+    assert example_input(timm.create_model("csatv2")).shape == (2, 3, 512, 512)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -41,11 +45,28 @@ def train_moe(checkpoint) -> list[float]:
     return [figure for e in history for figure in (e.train_loss, e.latency_loss)]
 
 
-def in_process(rank, world, folder):
+def at_once(work: Callable[[int, int, Path], None], world: int, folder: Path) -> None:
+    """``work(rank, world, folder)`` in as many processes, which must all end well.
+
+    They fork one that has imported all and computed nothing: a fork of a process in which autograd
+    has had threads cannot go backwards.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["reparam.stages"])
+    torch.multiprocessing.start_processes(
+        meet, (work, world, folder), nprocs=world, start_method="forkserver"
+    )
+
+
+def meet(rank, work, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
     )
+    work(rank, world, folder)
+    dist.destroy_process_group()
+
+
+def in_process(rank, world, folder):
     x = torch.tensor([1.0 + rank], requires_grad=True)
     total = summed(x)
     total.backward()
@@ -53,13 +74,11 @@ def in_process(rank, world, folder):
     assert place().rank == rank
     losses = train_moe(folder / "two.safetensors" if rank == 0 else None)
     torch.save(torch.tensor(losses), folder / f"losses{rank}")
-    dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
     alone = torch.tensor(train_moe(tmp_path / "one.safetensors"))
-    # A fork of a process in which autograd has had threads cannot go backwards.
-    torch.multiprocessing.spawn(in_process, (2, tmp_path), nprocs=2)
+    at_once(in_process, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"losses{rank}") for rank in (0, 1))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone, rtol=1e-3, atol=1e-4)
@@ -70,17 +89,12 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def in_process_of_three(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
-    )
     torch.save(torch.tensor(train_moe(None)), folder / f"losses{rank}")
-    dist.destroy_process_group()
 
 
 def test_a_last_batch_of_fewer_rows_than_processes_is_left_out(tmp_path):
     """50 images in batches of 16: the third process would have none of the last two."""
-    torch.multiprocessing.spawn(in_process_of_three, (3, tmp_path), nprocs=3)
+    at_once(in_process_of_three, 3, tmp_path)
     losses = torch.stack([torch.load(tmp_path / f"losses{rank}") for rank in range(3)])
     assert losses.isfinite().all()
     assert (losses == losses[0]).all()

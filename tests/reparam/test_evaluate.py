@@ -63,22 +63,22 @@ def test_bad_input_is_named(tmp_path, refused, foreign_table):
 def test_all_models_are_known_before_the_first_is_measured(tmp_path, refused):
     table, path = LatencyTable.load("amd-zen4-avx512-2c-1t"), tmp_path / "own.json"
     table.model_copy(update={"device": cpu_info(1)}).save(path)
-    names = ("--models", "vit_tiny_patch16_224,vit_tiny_patch16_225")
+    names = ("--models", "test_vit,vit_tiny_patch16_225")
     line = refused("--predicted-versus-measured", "--table", path, *names)
     assert "--models vit_tiny_patch16_225" in line
 
 
 def test_the_mult_expert_is_of_the_form_that_is_named():
     for named, form in (((), "mult_int8"), (("mult_int7",), "mult_int7")):
-        _, deployed_at = prepared("vit_tiny_patch16_224", *named)
+        _, deployed_at = prepared("test_vit", *named)
         mixtures = [m for m in deployed_at(0.5).modules() if isinstance(m, DeployedMoE)]
         forms = {linear.form for mixture in mixtures for linear in mixture.linears}
         assert forms == {form, "shift_int8"}
 
 
 def test_attention_grows_as_that_of_the_model_that_is_named():
-    _, deployed_at = prepared("pvt_v2_b0")
-    assert attention_sizes(deployed_at(0.5)) == (1, 32)
+    _, deployed_at = prepared("test_vit")
+    assert attention_sizes(deployed_at(0.5)) == (2, 32)
     assert attention_sizes(torch.nn.Linear(2, 2)) is None
     rows = measure_scaling(TimingSettings(max_time_s=0.2), 2, 16, tokens=(64,))
     assert [row.way for row in rows] == ["add", "softmax", "softmax, matrix"]

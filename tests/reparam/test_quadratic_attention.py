@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from reparam.attention_structure import trace
 from reparam.coded_attention import CodedAttention, with_core
+from reparam.convert import ReparamConfig, reparameterize_
 from reparam.quadratic_attention import CodeScores, QuadraticCore
 
 
@@ -91,6 +92,50 @@ def test_only_the_products_that_a_softmax_sees_are_replaced():
     core.code_scores.register_forward_hook(lambda *args: calls.append(1))
     model.set_submodule(fqn, with_core(model.get_submodule(fqn), core, traced.scores))
     assert model(x).isfinite().all() and len(calls) == heads > 1
+
+
+class SharedHeads(nn.Module):
+    """Eight channels in four heads of queries, and fewer of keys and values."""
+
+    def __init__(self, way, sharing):
+        super().__init__()
+        self.way, self.sharing = way, sharing
+        self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 2 * (8 // sharing))
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (-1, 2)).transpose(1, 2).chunk(2, dim=1)
+        if self.way == "each its own":
+            k, v = (part.repeat_interleave(self.sharing, dim=1) for part in (k, v))
+        if self.way == "steps":
+            out = (q @ k.transpose(-2, -1) * 2**-0.5).softmax(-1) @ v
+        else:
+            grouped = {"enable_gqa": True} if self.way == "grouped" else {}
+            out = F.scaled_dot_product_attention(q, k, v, **grouped)
+        return out.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("form", "way", "sharing"),
+    [
+        ("add", "grouped", 2),
+        ("add", "broadcast", 4),
+        ("quadratic", "grouped", 2),
+        ("quadratic", "broadcast", 4),
+        ("quadratic", "steps", 4),
+    ],
+)
+def test_heads_that_share_keys_are_converted_as_if_each_had_its_own(form, way, sharing):
+    x, found = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)), []
+    for each in (way, "each its own"):
+        torch.manual_seed(0)
+        model = nn.Sequential(SharedHeads(each, sharing)).eval()
+        model.get_classifier = lambda: None
+        done = reparameterize_(model, ReparamConfig(attention=form), example=x)
+        assert list(done.converted) == ["0"]
+        found.append(model(x))
+    torch.testing.assert_close(*found)
 
 
 def test_a_failing_forward_leaves_no_mode_behind():
