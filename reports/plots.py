@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
@@ -104,6 +105,7 @@ def to_svg(figure: Canvas, name: str) -> str:
     """
     written = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        _lay_out(figure)
         figure.savefig(written, format="svg", dpi=72, transparent=True)
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -119,6 +121,15 @@ def to_svg(figure: Canvas, name: str) -> str:
         svg = svg.replace(colour, f"var(--{variable})")
     end = svg.rindex("</svg>")
     return f'{svg[:end]}<g class="marks">{"".join(_shapes(figure))}</g></svg>'
+
+
+def _lay_out(figure: Canvas) -> None:
+    """Once and for all: to save a figure that is not laid out draws the whole of it twice."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        FigureCanvasSVG(figure)
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def _rounded(number: re.Match[str]) -> str:

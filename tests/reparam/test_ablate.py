@@ -21,6 +21,7 @@ from test_finetune import TINY, table_of
 from typer.testing import CliRunner
 from waiting import wait_until
 
+from cost_models.latency_table import LatencyTable
 from kernels.workload import attention, linear
 from profiler.command_line import BadInput
 from profiler.device import cpu_info
@@ -28,7 +29,8 @@ from reparam import ablation_unit
 from reparam.ablate import app, find_table
 from reparam.ablation_results import AblationResults, AblationRow, AblationUnit
 from reparam.ablation_summary import mean_interval, summarise
-from reparam.ablation_unit import Study, Unit, finished
+from reparam.ablation_training import train_draws
+from reparam.ablation_unit import Study, Unit, finished, train_unit
 from reparam.ablation_variants import ATTENTIONS, PRESETS, VARIANTS, shift_share
 from reparam.convert import ConversionError
 from reparam.latency_curves import token_grid
@@ -146,18 +148,19 @@ def test_a_unit_is_of_its_images(folder):
         finished(study("a"), unit)
 
 
-def test_seeds_trained_side_by_side_are_the_same(folder, quick):
-    found = {}
-    for workers in ("1", "2"):
-        more = ["--variants", "moe_balance", "--seeds", "2", "--workers", workers]
-        assert invoke(folder, *more).exit_code == 0
-        units = sorted((folder / "ablation").glob("*.json"))
-        found[workers] = {path.name: AblationUnit.load(path).correct for path in units}
-        (folder / "ablation").rename(folder / f"by-{workers}")
-    assert len(found["1"]) == 4 and found["1"] == found["2"]
-    for name in ("original", "add", "moe_balance"):
-        one, other = (folder / f"by-{n}" / "seed1" / f"{name}.safetensors" for n in "12")
-        assert one.read_bytes() == other.read_bytes()
+def test_seeds_trained_side_by_side_are_the_same(folder):
+    _, recipe = load_recipe(str(folder / "tiny.toml"))
+    table = folder / "latency_table.json"
+    study = Study(recipe, LatencyTable.load(table), None, folder, Console(quiet=True))
+    alone, units = replace(study, out=folder / "alone"), [Unit("moe_balance", n) for n in range(2)]
+    train_draws(study, table, units, workers=2)
+    for unit in units:
+        train_unit(alone, unit)
+        for name in ("original", "add", "moe_balance"):
+            found = [
+                out / "ablation" / unit.draw / f"{name}.safetensors" for out in (folder, alone.out)
+            ]
+            assert found[0].read_bytes() == found[1].read_bytes()
 
 
 def test_trainings_side_by_side_end_with_a_parent_that_is_killed(folder):
