@@ -44,7 +44,7 @@ def train_draws(study: Study, table: Path, units: Sequence[Unit], workers: int) 
         return
     study.console.print(f"training {len(draws)} draws, {workers} at a time")
     work = partial(_train_draw, study.recipe, table, study.data, study.out)
-    # Workers fork a process that has imported all and computed nothing: ten seconds for all of them.
+    # They fork a process that has imported all and computed nothing: ten seconds once, not each.
     context = get_context("forkserver")
     context.set_forkserver_preload(["reparam.ablation_unit"])
     with context.Pool(workers, initializer=end_with_parent) as pool:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.workload import linear
-from profiler.compare import ComparisonError, compare
+from profiler.compare import ComparisonError, app, compare
 from profiler.device import DeviceInfo
 from profiler.store import Measurement, create_store
 
@@ -236,7 +236,8 @@ def test_nothing_in_common_is_refused():
         compare([], [])
 
 
-def command(*arguments):
+def compared(*arguments):
+    """By the command, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "profiler.compare", *map(str, arguments)],
         capture_output=True,
@@ -260,7 +261,7 @@ def stored(tmp_path):
 def test_command_exits_1_exactly_when_something_is_slower(stored):
     old = stored("old", row(1.0, m=8), row(1.0, m=16), *controls())
     new = stored("new", row(1.0, m=8), row(1.5, m=16), *controls())
-    worse, better = command(old, new), command(new, old)
+    worse, better = compared(old, new), compared(new, old)
     assert worse.returncode == 1, worse.stderr
     assert "10 SAME, 1 SLOWER" in worse.stdout
     assert "9 controls moved by +0.0% to +0.0%" in worse.stdout
@@ -268,7 +269,7 @@ def test_command_exits_1_exactly_when_something_is_slower(stored):
     assert "1 FASTER, 10 SAME" in better.stdout
 
 
-def test_command_refuses_what_cannot_be_compared_in_one_line(stored, tmp_path):
+def test_command_refuses_what_cannot_be_compared_in_one_line(command, stored, tmp_path):
     old, other = stored("old", row(1.0)), stored("other", row(2.0, device=OTHER))
     text = tmp_path / "text.sqlite"
     text.write_text("not a database at all, but long enough to be read as one" * 20)
@@ -278,8 +279,7 @@ def test_command_refuses_what_cannot_be_compared_in_one_line(stored, tmp_path):
         ((old, tmp_path / "absent.sqlite"), "absent.sqlite"),
         ((text, old), "text.sqlite"),
     ]:
-        done = command(*arguments)
-        assert done.returncode == 2
-        assert named in done.stderr
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert command(old, other, "--across-devices").returncode == 1
+        code, errors = command(app, *arguments)
+        assert code == 2 and named in errors
+        assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert command(app, old, other, "--across-devices")[0] == 1

@@ -12,7 +12,6 @@ import pytest
 from cost_models import fit
 from kernels.workload import linear
 from profiler import compare, export, sweep
-from profiler.command_line import run
 from profiler.device import DeviceInfo
 from profiler.store import Measurement, create_store
 
@@ -41,19 +40,6 @@ VALUES = (
     *('"""', "[1, 'a']", "''", "=", "\x00", "[-1]", '["mult_fp33"]', "[100000]", '"01 "'),
 )
 JUNK = (None, "", "text", b"\xff\xfe\x00", -1, 0, 1e400, "{", "[]", "{}", "null", '{"m": 0}', 2**62)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a command: its exit code and its standard error."""
-
-    def call(app, *arguments):
-        monkeypatch.setattr("sys.argv", ["command", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            run(app)
-        return exit_.value.code, capsys.readouterr().err
-
-    return call
 
 
 def damaged_text(chance, text):

@@ -296,7 +296,8 @@ def sweep_into(path, barrier):
 
 def test_two_sweeps_may_write_one_store_at_once(tmp_path):
     path = tmp_path / "shared.sqlite"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["profiler.sweep"])
     barrier = context.Barrier(2)
     workers = [context.Process(target=sweep_into, args=(path, barrier)) for _ in range(2)]
     for worker in workers:

@@ -105,8 +105,6 @@ MODELS = [
     "vit_small_patch16_rope_224",
     "vit_base_patch16_rope_mixed_224",
     "vit_pe_core_tiny_patch16_384",
-    "vit_base_patch16_lingbot",
-    "vit_base_patch16_sapiens2",
     "vit_so150m_patch16_reg4_map_256",
     "vit_small_patch16_18x2_224",
     "vit_srelpos_small_patch16_224",

@@ -219,7 +219,8 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path):
     settings = SETTINGS.model_copy(update={"epochs": 6})
     arguments = {"stage": "s", "checkpoint": checkpoint, "log": log}
     # A fork would be of a process with threads; where it fails it would go on as pytest.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reparam.stages"])
     child = context.Process(target=train_slowly, args=(settings, arguments))
     child.start()
     while not checkpoint.is_file():
