@@ -23,12 +23,20 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
+def _is_alone(path: Path) -> bool:
+    return any(path.is_relative_to(Path(__file__).parent / one) for one in ALONE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Asked for those alone, no other file is imported."""
+    others = config.option.markexpr == "alone" and collection_path.suffix == ".py"
+    return True if others and not _is_alone(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks them ``alone``."""
-    here = Path(__file__).parent
     for item in items:
-        place = item.path.relative_to(here) if item.path.is_relative_to(here) else item.path
-        if any(place.is_relative_to(one) for one in ALONE):
+        if _is_alone(item.path):
             item.add_marker(pytest.mark.alone)
 
 
