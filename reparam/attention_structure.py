@@ -83,7 +83,8 @@ class ModelTrace:
         called: Shape of the first input of each module that ran, by qualified name; empty if it is
             no tensor. The weight of a linear that is not among them was used without it.
         unpaired: Names of modules with a softmax over no product: attentions of another kind.
-        products: All linears and all products of activations, each as often as it was computed.
+        products: All linears, 1×1 convolutions too, and all products of activations, each as often
+            as it was computed.
     """
 
     attentions: dict[str, AttentionTrace]
@@ -235,6 +236,8 @@ class _Watch(TorchFunctionMode):
             self._fused(*args, **kwargs)
         elif func is F.linear:
             self._linear(*args, **kwargs)
+        elif func is F.conv2d:
+            self._convolution(args[0], args[1], out)
         elif is_product(func, args):
             call = self.running[-1]
             left, right = tuple(args[0].shape), tuple(args[1].shape)
@@ -261,6 +264,14 @@ class _Watch(TorchFunctionMode):
         n, k = weight.shape
         fqn = self.running[-1].fqn
         self.computed.append(Product(fqn, tuple(input.shape), (k, n), is_linear=True))
+
+    def _convolution(self, input: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Of each pixel alone it is a linear; any other kind is no product of matrices."""
+        n, k, *window = weight.shape
+        if window == [1, 1] and k == input.shape[-3]:
+            pixels = (*out.shape[:-3], out.shape[-2] * out.shape[-1], k)
+            fqn = self.running[-1].fqn
+            self.computed.append(Product(fqn, pixels, (k, n), is_linear=True))
 
     def _softmax(self, scores: Tensor, dim: int) -> None:
         if dim not in (-1, scores.dim() - 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from reparam.model_structure import (
     replace_,
 )
 from reparam.moe import MoEMlp
+from reparam.pointwise import Pointwise, as_linear, is_pointwise, mlp_of_tokens
 from reparam.quadratic_attention import QuadraticCore
 from reparam.shift import ShiftLinear
 from reparam.where_it_pays import advice_for, parts_of, why_not
@@ -80,8 +81,9 @@ def reparameterize_(
     Attentions are found by what they compute in one forward pass
     (``attention_structure.trace``), MLPs by their linears (``model_structure``), neither by class
     names. The classifier head and the patch embedding are never touched, nor is a router, nor what
-    makes position biases of coordinates: its rows are as many for any number of images. In an
-    MLP with a convolution between its linears each linear becomes an MoE of its own. A second
+    makes position biases of coordinates: its rows are as many for any number of images. A plain 1×1
+    convolution of an attention or MLP is a linear. In an MLP with another convolution between its
+    linears each linear becomes an MoE of its own. A second
     call goes on from what the first one made; what already is as asked is skipped.
 
     Args:
@@ -262,8 +264,8 @@ class _Plan:
 
     def mlp(self, fqn: str, module: nn.Module) -> None:
         """Plans one MLP."""
-        options = self.options(fqn)
-        as_one = options.mlp == "moe" and options.moe_granularity == "mlp" and _is_expert(module)
+        options, of_tokens = self.options(fqn), mlp_of_tokens(module)
+        as_one = options.mlp == "moe" and options.moe_granularity == "mlp" and _is_expert(of_tokens)
         if isinstance(module, MoEMlp):
             if options.mlp == "moe":
                 self.already("mlp", fqn, "MoE")
@@ -272,8 +274,9 @@ class _Plan:
         elif options.mlp != "keep" and (refused := self.refused(module, fqn)):
             self.skipped[fqn] = refused
         elif as_one:
-            moe = _moe(module, options)
-            self.replace("mlp", fqn, moe, _moe_of(options))
+            moe = _moe(of_tokens, options)
+            made = moe if of_tokens is module else Pointwise(moe)
+            self.replace("mlp", fqn, made, _moe_of(options))
         else:
             for name, part in linear_parts(module).items():
                 own = f"{fqn}.{name}"
@@ -292,26 +295,23 @@ class _Plan:
         called: bool,
     ) -> None:
         """Plans one linear; ``form`` may also be ``moe``."""
-        variant = options.shift_variant
+        shape = self.watched.called.get(fqn, ())
         if getattr(linear, "form", None) == form or (form == "moe" and isinstance(linear, MoEMlp)):
             self.already(rule, fqn, form)
         elif id(linear) in self.protected:
             self.skipped[fqn] = self.protected[id(linear)]
-        elif type(linear) is not nn.Linear:
+        elif type(linear) is not nn.Linear and not is_pointwise(linear):
             self.skipped[fqn] = f"is {type(linear).__name__}, not nn.Linear"
         elif not called:
             self.skipped[fqn] = "its weight is used without calling it"
+        elif is_pointwise(linear) and shape[2:] == (1, 1):
+            self.skipped[fqn] = "sees an image as one pixel"
         elif refused := self.refused(linear, fqn):
             self.skipped[fqn] = refused
-        elif form == "moe":
-            moe = _moe(linear, options)
-            self.replace(rule, fqn, moe, f"{_moe_of(options)}, this linear alone")
         else:
-            made = linear_in_form(
-                linear, form, variant, options.shift_bits, options.activation_clip
-            ).train(linear.training)
-            is_shift = any(isinstance(part, ShiftLinear) for part in made.modules())
-            self.replace(rule, fqn, made, f"{form} ({variant})" if is_shift else form)
+            plain = as_linear(linear) if is_pointwise(linear) else cast(nn.Linear, linear)
+            made, what = _in_form(plain, form, options)
+            self.replace(rule, fqn, Pointwise(made) if is_pointwise(linear) else made, what)
 
     def finish(self, model_name: str) -> None:
         """Adds attentions of other kinds to what was skipped.
@@ -333,6 +333,16 @@ class _Plan:
                     f"{asked}: {getattr(self.config, asked)!r} matched nothing in"
                     f" {model_name}{_hint(self.skipped)}"
                 )
+
+
+def _in_form(linear: nn.Linear, form: str, options: LayerConfig) -> tuple[nn.Module, str]:
+    """What stands for one linear, and what it is called."""
+    if form == "moe":
+        return _moe(linear, options), f"{_moe_of(options)}, this linear alone"
+    variant = options.shift_variant
+    made = linear_in_form(linear, form, variant, options.shift_bits, options.activation_clip)
+    is_shift = any(isinstance(part, ShiftLinear) for part in made.modules())
+    return made.train(linear.training), f"{form} ({variant})" if is_shift else form
 
 
 def _moe(module: nn.Module, options: LayerConfig) -> MoEMlp:

@@ -29,6 +29,7 @@ from reparam.model_structure import does_nothing, is_gelu
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
 from reparam.one_thread import torch_on_one_thread_
+from reparam.pointwise import Pointwise
 from reparam.shift import ShiftLinear
 
 _VECTOR = 16
@@ -131,6 +132,9 @@ def _alike(experts: Iterable[nn.Module]) -> bool:
 def _in_one_mlp(module: nn.Module) -> nn.Module:
     parts = dict(module.named_children())
     fc1, fc2, act = parts.pop("fc1", None), parts.pop("fc2", None), parts.pop("act", None)
+    of_pixels = isinstance(fc1, Pointwise) and isinstance(fc2, Pointwise)
+    if of_pixels:
+        fc1, fc2 = (module.get_submodule(f"{name}.linear") for name in ("fc1", "fc2"))
     linears = isinstance(fc1, DeployedLinear | DeployedMoE) and isinstance(
         fc2, DeployedLinear | DeployedMoE
     )
@@ -143,8 +147,8 @@ def _in_one_mlp(module: nn.Module) -> nn.Module:
         if fc1.out_features != fc2.in_features:
             return module  # a gate takes a part of what the first linear makes
         fc1.activated = True
-        return DeployedMlp(fc1, fc2)
-    if type(conv) is nn.Conv2d and _is_plain_depthwise(conv):
+        return Pointwise(DeployedMlp(fc1, fc2)) if of_pixels else DeployedMlp(fc1, fc2)
+    if type(conv) is nn.Conv2d and _is_plain_depthwise(conv) and not of_pixels:
         weight = conv.weight.detach().flatten(1).T.contiguous()
         return DeployedDepthwiseMlp(fc1, fc2, weight, conv.bias.detach())  # type: ignore[arg-type, union-attr]
     return module

@@ -40,6 +40,7 @@ from reparam.deployed_mlps import (
 from reparam.hashing import SignHash
 from reparam.kept_memory import keep_freed_memory
 from reparam.model_structure import replace_
+from reparam.pointwise import Pointwise
 from reparam.quadratic_attention import QuadraticCore
 
 # What only fusing makes.
@@ -162,6 +163,8 @@ def _spec(fqn: str, module: nn.Module) -> dict[str, Any]:
     if isinstance(module, DeployedConv):
         window = {"side": module.side, "stride": module.stride, "padding": module.padding}
         return {"is": "conv", "linear": inner("linear"), **window}
+    if isinstance(module, Pointwise):
+        return {"is": "pointwise", "linear": inner("linear")}
     if isinstance(module, DeployedAngular):
         return {"is": "angular", "alphabet": module.alphabet, **tensors("conv")}
     if isinstance(module, DeployedAddAttention):
@@ -215,6 +218,8 @@ def _made(spec: dict[str, Any]) -> Any:
     if kind == "conv":
         window = (spec["side"], spec["stride"], spec["padding"])
         return DeployedConv(_made(spec["linear"]), *window)
+    if kind == "pointwise":
+        return Pointwise(_made(spec["linear"]))
     if kind == "angular":
         return DeployedAngular(_empty(spec["conv"]), spec["alphabet"])
     if kind == "add_products":

@@ -12,6 +12,7 @@ from reparam.add_attention import AddAttention
 from reparam.coded_attention import CodedAttention
 from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
+from reparam.pointwise import is_pointwise
 from reparam.shift import ShiftLinear
 
 CONVERTED_ATTENTION = (AddAttention, CodedAttention)
@@ -108,6 +109,8 @@ def _is_mlp(module: nn.Module) -> bool:
     """
     if isinstance(module, MoEMlp) or (hasattr(module, "fc1") and hasattr(module, "fc2")):
         return True
+    if _is_mlp_of_pixels(module):
+        return True
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
     linears = {
@@ -119,6 +122,17 @@ def _is_mlp(module: nn.Module) -> bool:
     first, *_, last = linears.values()
     leads_back = getattr(first, "in_features", None) == getattr(last, "out_features", None)
     return leads_back and all(name.count(".") <= 1 for name in linears)
+
+
+def _is_mlp_of_pixels(module: nn.Module) -> bool:
+    """Whether two 1×1 convolutions, there and back, are its only linears and convolutions."""
+    convs = {name: part for name, part in module.named_modules() if isinstance(part, nn.Conv2d)}
+    within = {name.split(".")[0] for name in convs}
+    others = any(isinstance(part, nn.Linear) for part in module.modules())
+    if len(convs) != 2 or len(within) != 2 or others or not all(map(is_pointwise, convs.values())):
+        return False
+    first, last = ((part.in_channels, part.out_channels) for part in convs.values())
+    return first == last[::-1]
 
 
 def is_gelu(act: nn.Module) -> bool:

@@ -93,8 +93,6 @@ MODELS = [
     "cpubone_nano",
     "csatv2",
     "qwen3_vit_88m",
-    "gemma4_vit_167m",
-    "deepseek_vit_412m",
     "hieradet_small",
     "mobilenetv4_hybrid_medium",
     "mobilenetv5_base",
