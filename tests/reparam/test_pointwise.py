@@ -120,7 +120,8 @@ def test_deployed_it_is_one_kernel_saved_and_planned(mlp, kind, tmp_path):
     expected = model(x)
     assert (deployed(x) - expected).norm() < 0.02 * expected.norm()
     others = images(3)[1:]
-    torch.testing.assert_close(Plan(deployed, x)(others), deployed(others), rtol=1e-4, atol=1e-5)
+    for made in (Plan(deployed, x), torch.export.export(deployed, (x,)).module()):
+        torch.testing.assert_close(made(others), deployed(others), rtol=1e-4, atol=1e-5)
     create = {"model_name": "small_poolformer"}
     save_deployed(deployed, tmp_path / "model.json", create)
     assert torch.equal(load_deployed(tmp_path / "model.json")(x), deployed(x))
