@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from profiler.command_line import one_line
 from profiler.samples import TimingSettings
 from profiler.timing import measure_interleaved
+from reparam.model_cost import channels_last, convolves
 from reparam.other_runtimes import runtime_contestants
 from reparam.plan import planned
 from reparam.results import Interval
@@ -35,6 +36,10 @@ def _int8(model: nn.Module) -> nn.Module:
     return quantised
 
 
+def _bf16_last(model: nn.Module) -> nn.Module:
+    return _bf16(channels_last(model))
+
+
 class _Cast(nn.Module):
     """fp32 in and out around a model in bf16: as all others."""
 
@@ -54,6 +59,12 @@ _TORCH: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
     "compile fp32": (_eager, True),
     "compile bf16": (_bf16, True),
 }
+# The same with another layout of images, of models to which that matters.
+_LAST: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
+    "eager fp32, channels last": (channels_last, False),
+    "compile fp32, channels last": (channels_last, True),
+    "compile bf16, channels last": (_bf16_last, True),
+}
 EAGER = "eager fp32"
 
 
@@ -64,7 +75,7 @@ def torch_contestants(
 
     Compiled ones are frozen (constants folded, weights packed), the fastest that inductor offers.
     """
-    for name, (prepare, compiled) in _TORCH.items():
+    for name, (prepare, compiled) in (_TORCH | (_LAST if convolves(model) else {})).items():
         if compiled and not shutil.which("g++"):
             yield name, None, "torch.compile needs g++, which is not installed"
             continue

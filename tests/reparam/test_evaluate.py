@@ -17,7 +17,7 @@ from reparam.deployed_mlps import DeployedMoE
 from reparam.evaluate import app, prepared
 from reparam.moe import moe_layers
 from reparam.scaling import attention_sizes, measure_scaling
-from reparam.versus_torch import compare
+from reparam.versus_torch import compare, torch_contestants
 
 
 @pytest.fixture
@@ -100,6 +100,21 @@ def test_other_runtimes_are_measured_where_installed_and_say_why_they_fail(monke
     ways = [one.name for one in comparison.contestants]
     assert {"there", "fails", "eager fp32", "ours"} <= set(ways)
     assert comparison.best_torch != "there"
+
+
+def test_a_model_that_convolves_meets_its_original_with_channels_last_too(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    patches, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2, 2)), torch.randn(1, 3, 4, 4)
+    more = torch.nn.Sequential(*patches, torch.nn.Conv2d(4, 5, 3))
+    plain = {name for name, _, _ in torch_contestants(patches, x)}
+    found = {name: run for name, run, _ in torch_contestants(more, torch.randn(1, 3, 8, 8))}
+    assert found.keys() - plain == {
+        f"{way}, channels last" for way in ("eager fp32", "compile fp32", "compile bf16")
+    }
+    laid = found["eager fp32, channels last"]
+    assert laid[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not found["eager fp32"][1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert more[1].weight.is_contiguous()
 
 
 @pytest.mark.skipif(
