@@ -16,7 +16,10 @@ from reparam.attention_structure import Product, trace
 from reparam.expert_latency import layer_workloads
 from reparam.quadratic_attention import CodeScores
 
-COVERS = "modelled: arithmetic and memory traffic of all linears and attention products, no more"
+COVERS = (
+    "modelled: arithmetic and memory traffic of all linears, 1×1 convolutions among them, and"
+    " attention products, no more"
+)
 
 
 def modelled_energy_mj(

@@ -109,10 +109,10 @@ def _is_mlp(module: nn.Module) -> bool:
     """
     if isinstance(module, MoEMlp) or (hasattr(module, "fc1") and hasattr(module, "fc2")):
         return True
-    if _is_mlp_of_pixels(module):
-        return True
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
+    if _is_mlp_of_pixels(module):
+        return True
     linears = {
         name: part for name, part in linear_parts(module).items() if not isinstance(part, nn.Conv2d)
     }

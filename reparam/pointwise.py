@@ -25,7 +25,7 @@ class Pointwise(nn.Module):
         return out.permute(0, 3, 1, 2)
 
 
-def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_pointwise(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Whether a module is a convolution that looks at each pixel alone, and at all channels.
 
     Not its subclasses, which pad or standardise in ways of their own.
@@ -50,9 +50,9 @@ def as_linear(conv: nn.Conv2d) -> nn.Linear:
 
 def mlp_of_tokens(mlp: nn.Module) -> nn.Module:
     """An MLP with linears in place of pointwise ``fc1`` and ``fc2``; any other as it is."""
-    convs = {name: getattr(mlp, name, None) for name in ("fc1", "fc2")}
-    linears = {n: as_linear(conv) for n, conv in convs.items() if conv and is_pointwise(conv)}
-    if len(linears) < len(convs):
+    parts = {name: getattr(mlp, name, None) for name in ("fc1", "fc2")}
+    linears = {n: as_linear(part) for n, part in parts.items() if is_pointwise(part)}
+    if len(linears) < len(parts):
         return mlp
     # The convolutions themselves are not copied: they stay the model's.
     made = copy.copy(mlp)
