@@ -237,7 +237,7 @@ class _Watch(TorchFunctionMode):
         elif func is F.linear:
             self._linear(*args, **kwargs)
         elif func is F.conv2d:
-            self._convolution(args[0], args[1], out)
+            self._convolution(out, *args, **kwargs)
         elif is_product(func, args):
             call = self.running[-1]
             left, right = tuple(args[0].shape), tuple(args[1].shape)
@@ -265,7 +265,9 @@ class _Watch(TorchFunctionMode):
         fqn = self.running[-1].fqn
         self.computed.append(Product(fqn, tuple(input.shape), (k, n), is_linear=True))
 
-    def _convolution(self, input: Tensor, weight: Tensor, out: Tensor) -> None:
+    def _convolution(
+        self, out: Tensor, input: Tensor, weight: Tensor, *rest: Any, **named: Any
+    ) -> None:
         """Of each pixel alone it is a linear; any other kind is no product of matrices."""
         n, k, *window = weight.shape
         if window == [1, 1] and k == input.shape[-3]:

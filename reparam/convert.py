@@ -45,6 +45,8 @@ __all__ = [
     "reparameterize_by_parts_",
 ]
 
+_ONE_PIXEL = "sees an image as one pixel"
+
 FilterFn = Callable[[nn.Module, str], bool]
 
 
@@ -82,8 +84,8 @@ def reparameterize_(
     (``attention_structure.trace``), MLPs by their linears (``model_structure``), neither by class
     names. The classifier head and the patch embedding are never touched, nor is a router, nor what
     makes position biases of coordinates: its rows are as many for any number of images. A plain 1×1
-    convolution of an attention or MLP is a linear. In an MLP with another convolution between its
-    linears each linear becomes an MoE of its own. A second
+    convolution of an attention or MLP is a linear, but where it sees an image as one pixel. In an
+    MLP with another convolution between its linears each linear becomes an MoE of its own. A second
     call goes on from what the first one made; what already is as asked is skipped.
 
     Args:
@@ -204,6 +206,10 @@ class _Plan:
             return why_not(self.advice, fqn)
         return None
 
+    def is_one_pixel(self, fqn: str) -> bool:
+        """Whether what a module of images sees of each is one pixel, as in squeeze-and-excite."""
+        return self.watched.called.get(fqn, ())[2:] == (1, 1)
+
     def replace(self, rule: str, fqn: str, replacement: nn.Module, what: str) -> None:
         self.replacements[fqn] = replacement
         self.converted[fqn] = what
@@ -273,10 +279,12 @@ class _Plan:
                 self.skipped[fqn] = "is MoE"
         elif options.mlp != "keep" and (refused := self.refused(module, fqn)):
             self.skipped[fqn] = refused
+        elif as_one and of_tokens is module:
+            self.replace("mlp", fqn, _moe(module, options), _moe_of(options))
+        elif as_one and self.is_one_pixel(fqn):
+            self.skipped[fqn] = _ONE_PIXEL
         elif as_one:
-            moe = _moe(of_tokens, options)
-            made = moe if of_tokens is module else Pointwise(moe)
-            self.replace("mlp", fqn, made, _moe_of(options))
+            self.replace("mlp", fqn, Pointwise(_moe(of_tokens, options)), _moe_of(options))
         else:
             for name, part in linear_parts(module).items():
                 own = f"{fqn}.{name}"
@@ -295,7 +303,6 @@ class _Plan:
         called: bool,
     ) -> None:
         """Plans one linear; ``form`` may also be ``moe``."""
-        shape = self.watched.called.get(fqn, ())
         if getattr(linear, "form", None) == form or (form == "moe" and isinstance(linear, MoEMlp)):
             self.already(rule, fqn, form)
         elif id(linear) in self.protected:
@@ -304,8 +311,8 @@ class _Plan:
             self.skipped[fqn] = f"is {type(linear).__name__}, not nn.Linear"
         elif not called:
             self.skipped[fqn] = "its weight is used without calling it"
-        elif is_pointwise(linear) and shape[2:] == (1, 1):
-            self.skipped[fqn] = "sees an image as one pixel"
+        elif is_pointwise(linear) and self.is_one_pixel(fqn):
+            self.skipped[fqn] = _ONE_PIXEL
         elif refused := self.refused(linear, fqn):
             self.skipped[fqn] = refused
         else:

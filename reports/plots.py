@@ -127,6 +127,7 @@ def _lay_out(figure: Canvas) -> None:
     """Once and for all: to save a figure that is not laid out draws the whole of it twice."""
     engine = figure.get_layout_engine()
     if engine is not None:
+        # Texts are as wide as this canvas says.
         FigureCanvasSVG(figure)
         engine.execute(figure)
         figure.set_layout_engine(None)

@@ -27,7 +27,7 @@ CASES = [
     # The two alphabets differ by a constant, and nothing falls back where it need not.
     if architecture == "sm_90" or "_01" not in form
     if architecture in ("sm_75", "sm_90") or name != "add.cuda"
-    # Its text is that of sm_80; what needs most of its smaller memory stands for all.
+    # What needs most of its smaller memory stands for all of a text that is that of sm_80.
     if architecture != "sm_86" or form == "add_attention_pm1"
 ]
 
@@ -40,14 +40,15 @@ ATTENTION = {
 }
 
 
+def _text(architecture, name, form):
+    family = (ATTENTION.get(form) or linear(form, 49, 64, 100)).family
+    program = compiled(name, family, cuda_target(architecture))
+    return program.mod.imports[0].inspect_source()
+
+
 def _cubin(architecture, name, form, compiler):
-    target = cuda_target(architecture)
-    source = (
-        compiled(name, (ATTENTION.get(form) or linear(form, 49, 64, 100)).family, target)
-        .mod.imports[0]
-        .inspect_source()
-    )
-    with target.tvm, cuda_compiler():
+    source = _text(architecture, name, form)
+    with cuda_target(architecture).tvm, cuda_compiler():
         return source, nvcc.compile_cuda(
             source, target_format="cubin", arch=architecture, compiler=compiler
         )
@@ -61,6 +62,13 @@ def test_every_lowering_compiles(architecture, name, form):
     assert ("mma.sync" in source) == uses_tensor_cores
     # TVM has nvcc compile with --use_fast_math: a plain / would quantise otherwise than declared.
     assert ("__fdiv_rn(" in source) == ("int" in form)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for chip, name, form in CASES if chip == "sm_80"]
+)
+def test_the_text_for_sm_86_is_that_for_sm_80(name, form):
+    assert _text("sm_86", name, form) == _text("sm_80", name, form)
 
 
 @pytest.mark.skipif(not HAS_NVRTC, reason="NVRTC is absent: torch brings it in its CUDA builds")

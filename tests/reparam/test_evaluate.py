@@ -4,6 +4,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import timm
 import torch
 
 from cost_models.latency_table import LatencyTable, TableError
@@ -12,7 +13,8 @@ from profiler.command_line import run
 from profiler.device import cpu_info
 from profiler.samples import TimingSettings
 from reparam import other_runtimes
-from reparam.convert import ConversionError
+from reparam.convert import ConversionError, ReparamConfig, reparameterize_
+from reparam.deploy import deploy
 from reparam.deployed_mlps import DeployedMoE
 from reparam.evaluate import app, prepared
 from reparam.moe import moe_layers
@@ -77,8 +79,9 @@ def test_the_mult_expert_is_of_the_form_that_is_named():
 
 
 def test_attention_grows_as_that_of_the_model_that_is_named():
-    _, deployed_at = prepared("test_vit")
-    assert attention_sizes(deployed_at(0.5)) == (2, 32)
+    model = timm.create_model("pvt_v2_b0").eval()
+    reparameterize_(model, ReparamConfig(attention="add"))
+    assert attention_sizes(deploy(model)) == (1, 32)
     assert attention_sizes(torch.nn.Linear(2, 2)) is None
     rows = measure_scaling(TimingSettings(max_time_s=0.2), 2, 16, tokens=(64,))
     assert [row.way for row in rows] == ["add", "softmax", "softmax, matrix"]

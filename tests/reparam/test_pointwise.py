@@ -94,6 +94,12 @@ def test_what_sees_an_image_as_one_pixel_stays():
     stayed = {fqn for fqn, why in done.skipped.items() if why == "sees an image as one pixel"}
     assert stayed and all(".se." in fqn for fqn in stayed)
     assert any(fqn.endswith("attn.qkv") for fqn in done.converted)
+    # The last stage of an image of 32 pixels is one, for shifts and mixtures alike.
+    for mlp in ("shift_int8", "moe"):
+        done = reparameterize_(poolformer(), ReparamConfig(mlp=mlp), example=images(side=32))
+        stayed = {fqn for fqn, why in done.skipped.items() if why == "sees an image as one pixel"}
+        assert stayed and all(fqn.startswith("stages.3.") for fqn in stayed)
+        assert not any(fqn.startswith("stages.3.") for fqn in done.converted)
 
 
 def test_a_mixture_of_such_mlps_trains():
@@ -102,7 +108,8 @@ def test_a_mixture_of_such_mlps_trains():
     assert set(done.converted) == {f"stages.{n}.blocks.0.mlp" for n in range(4)}
     moe = model.stages[0].blocks[0].mlp.linear
     assert isinstance(moe, MoEMlp)
-    assert all(isinstance(expert.fc1, nn.Module) for expert in moe.experts.values())
+    forms = {name: expert.fc1.form for name, expert in moe.experts.items()}
+    assert forms == {"mult": "mult_int8", "shift": "shift_int8"}
     model.train()(images()).square().sum().backward()
     assert moe.router.gate.weight.grad.abs().sum() > 0
     assert moe.routing.choice.shape == (2 * (SIDE // 4) ** 2,)
