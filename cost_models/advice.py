@@ -78,7 +78,7 @@ def decide(layer: Layer, costs: CostModel) -> Decision:
     answered = {form: cost for form, cost in known.items() if cost.latency_ms is not None}
     form = _best_form(answered, original) or next(iter(known), None)
     converted = known[form] if form else None
-    against = compare(original, converted)
+    against = compare(original, converted, layer.no_form)
     own = None
     if converted and layer.rule != "attention":
         own = compare(costs.own_mult(layer.original), converted)
@@ -105,10 +105,10 @@ def decide(layer: Layer, costs: CostModel) -> Decision:
     )
 
 
-def compare(original: Cost, new: Cost | None) -> Comparison:
+def compare(original: Cost, new: Cost | None, no_form: str = "no form applies") -> Comparison:
     """``pays`` if the whole interval of the new lies below the original's, and the other way."""
     if new is None:
-        return Comparison(speed=None, verdict="unknown", reason="no form applies")
+        return Comparison(speed=None, verdict="unknown", reason=no_form)
     if new.latency_ms is None or new.high_ms is None:
         return Comparison(speed=None, verdict="unknown", reason=new.reason)
     speed = None

@@ -28,6 +28,7 @@ class Layer:
         after: Qualified name of an attention; the layer exists only once that is converted.
         before: The same; the layer exists only as long as that is not converted.
         note: What the comparison leaves out.
+        no_form: Why there is none, where ``forms`` is empty.
     """
 
     fqn: str
@@ -37,6 +38,7 @@ class Layer:
     after: str | None = None
     before: str | None = None
     note: str | None = None
+    no_form: str = "no form applies"
 
 
 def linear_layer(

@@ -9,6 +9,7 @@ from tvm import tirx
 
 from kernels.compilation import runnable
 from kernels.lowerings.angular import angular_attention
+from kernels.lowerings.code_attention import code_attention, code_scores
 from kernels.lowerings.depthwise import depthwise_gelu, depthwise_mixture
 from kernels.lowerings.layer_norm import layer_norm
 from kernels.lowerings.mixture import mixture
@@ -18,6 +19,8 @@ from kernels.targets import cpu_target
 
 LAYER_KERNELS: dict[str, Callable[..., tirx.PrimFunc]] = {
     "angular_attention": angular_attention,
+    "code_attention": code_attention,
+    "code_scores": code_scores,
     "depthwise_gelu": depthwise_gelu,
     "depthwise_mixture": depthwise_mixture,
     "layer_norm": layer_norm,

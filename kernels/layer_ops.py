@@ -1,6 +1,8 @@
 """Whole layers of a deployed model as torch operators, on the CPU.
 
 ``angular_attention``: what lies between the projections of an add attention.
+``code_attention``, ``code_scores``: attention over all pairs of tokens on binary codes, and its
+scores alone.
 ``depthwise_gelu``: the convolution between two linears of a PVT v2 MLP.
 ``layer_norm``: of tokens, where no linear behind does it.
 ``patches``: what a convolution multiplies, as rows for a linear.
@@ -39,6 +41,43 @@ def _angular_attention(qkv: Tensor, conv: Tensor, alphabet: str) -> Tensor:
 
 def _angular_attention_fake(qkv: Tensor, conv: Tensor, alphabet: str) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+
+
+def _code_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alphabet: str, scale: float
+) -> Tensor:
+    out = _code_attention_fake(q, k, v, bias, alphabet, scale)
+    if out.numel():
+        fixed = (q.shape[-1], v.shape[-1], alphabet, scale, bias is not None)
+        given = [q, k, v] if bias is None else [q, k, v, bias.expand(*q.shape[:-1], k.shape[-2])]
+        kernel = layer_kernel("code_attention", *fixed)
+        launch(kernel, *map(_in_rows, given), out.transpose(1, 2))
+    return out
+
+
+def _code_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, alphabet: str, scale: float
+) -> Tensor:
+    images, heads, queries, _ = q.shape
+    # As attentions put their heads together: that is then a view.
+    return q.new_empty(images, queries, heads, v.shape[-1]).transpose(1, 2)
+
+
+def _code_scores(q: Tensor, k: Tensor, alphabet: str) -> Tensor:
+    out = _code_scores_fake(q, k, alphabet)
+    if out.numel():
+        kernel = layer_kernel("code_scores", q.shape[-1], alphabet)
+        launch(kernel, _in_rows(q), _in_rows(k), out)
+    return out
+
+
+def _code_scores_fake(q: Tensor, k: Tensor, alphabet: str) -> Tensor:
+    return q.new_empty(*q.shape[:-1], k.shape[-2])
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """A tensor whose last dimension lies together."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, gelu: bool) -> Tensor:
@@ -86,6 +125,15 @@ angular_attention = operator(
     "angular_attention(Tensor qkv, Tensor conv, str alphabet) -> Tensor",
     _angular_attention,
     _angular_attention_fake,
+)
+code_attention = operator(
+    "code_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, str alphabet, float scale)"
+    " -> Tensor",
+    _code_attention,
+    _code_attention_fake,
+)
+code_scores = operator(
+    "code_scores(Tensor q, Tensor k, str alphabet) -> Tensor", _code_scores, _code_scores_fake
 )
 depthwise_gelu = operator(
     "depthwise_gelu(Tensor x, Tensor weight, Tensor bias, int height, bool gelu) -> Tensor",

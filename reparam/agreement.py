@@ -23,6 +23,7 @@ from reparam.deploy import deploy
 from reparam.deployed import DeployedAngular, Fused
 from reparam.moe import MoEMlp, moe_layers
 from reparam.mult import MultLinear
+from reparam.quadratic_attention import QuadraticCore
 from reparam.results import Agreement
 from reparam.shift import ShiftLinear
 
@@ -97,13 +98,14 @@ def layer_error(trained: nn.Module, deployed: nn.Module, images: Tensor) -> floa
         and not isinstance(theirs[fqn], DeployedAngular)
     ]
 
-    def compare(fqn: str, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ours = theirs[fqn](*inputs)
+    def compare(fqn: str, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        ours = theirs[fqn](*inputs, **named)
         errors.append(float((ours - output).norm() / output.norm()))
 
     handles = [
         trained.get_submodule(fqn).register_forward_hook(
-            lambda module, inputs, output, fqn=fqn: compare(fqn, inputs, output)
+            lambda module, inputs, named, output, fqn=fqn: compare(fqn, inputs, named, output),
+            with_kwargs=True,
         )
         for fqn in names
     ]
@@ -174,13 +176,15 @@ def _as_trained(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...
 def _decides(module: nn.Module) -> bool:
     if isinstance(module, ShiftLinear | MultLinear):
         return quantises(module.form)
-    return isinstance(module, AddProducts | MoEMlp)
+    return isinstance(module, AddProducts | MoEMlp | QuadraticCore)
 
 
 def _decisions(module: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
     """Values relative to the largest of their row, and what is decided from them."""
     if isinstance(module, AddProducts):
         return [(_relative(x), x > 0) for x in inputs[:2]]
+    if isinstance(module, QuadraticCore):
+        return [(_relative(x), x > 0) for x in module.hashing(*inputs[:2])]
     if isinstance(module, MoEMlp):
         return [_choice(module.router.gate(inputs[0].flatten(0, -2)))]
     return [(_relative(inputs[0]), quantise_rows(inputs[0])[0])]

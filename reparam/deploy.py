@@ -16,6 +16,7 @@ from reparam.deployed import (
     DeployedAngular,
     DeployedConv,
     DeployedLinear,
+    DeployedQuadraticCore,
 )
 from reparam.deployed_mlps import (
     DeployedDepthwiseMlp,
@@ -30,6 +31,7 @@ from reparam.moe import MoEMlp
 from reparam.mult import MultLinear
 from reparam.one_thread import torch_on_one_thread_
 from reparam.pointwise import Pointwise
+from reparam.quadratic_attention import QuadraticCore
 from reparam.shift import ShiftLinear
 
 _VECTOR = 16
@@ -82,6 +84,8 @@ def _newly_deployed(
         return DeployedLinear.of(module.export())
     if isinstance(module, AddProducts):
         return DeployedAddProducts(module.alphabet)
+    if isinstance(module, QuadraticCore) and module.is_plain:
+        return DeployedQuadraticCore(module.alphabet)
     if inside_converted and isinstance(module, nn.Linear):
         return DeployedLinear.of(quantise_weight("mult_fp32", module.weight, module.bias))
     # Not its subclasses, which pad or standardise in ways of their own.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kernels import layer_ops, torch_ops
 from kernels.packing import PANEL, LinearParameters, pack_linear
 from reparam.by_images import by_images
+from reparam.quadratic_attention import QuadraticCore, mask_as_bias
 
 
 class Fused(nn.Module):
@@ -184,6 +185,37 @@ class DeployedAddProducts(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As ``AddProducts``: q, k ``(b, tokens, bits)``, v ``(b, tokens, n)``."""
         return torch_ops.add_attention(q, k, v, self.alphabet)
+
+
+class DeployedQuadraticCore(QuadraticCore):
+    """Quadratic attention on the signs of queries and keys in one kernel, which packs the codes."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """As ``QuadraticCore``, but that there is no dropout."""
+        if v is None:
+            scores = layer_ops.code_scores(_of_heads(q), _of_heads(k), self.alphabet)
+            return scores.view(*q.shape[:-1], k.shape[-2])
+        bias = mask_as_bias(attn_mask, is_causal, q, k)
+        if bias is not None:
+            bias = _of_heads(bias.expand(*q.shape[:-1], k.shape[-2]))
+        out = layer_ops.code_attention(
+            *map(_of_heads, (q, k, v)), bias, self.alphabet, scale or q.shape[-1] ** -0.5
+        )
+        return out if q.dim() == 4 else out.reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _of_heads(x: Tensor) -> Tensor:
+    """``(..., rows, columns)`` as ``(images, heads, rows, columns)``."""
+    return x if x.dim() == 4 else x.reshape(-1, 1, *x.shape[-2:])
 
 
 class DeployedAngular(nn.Module):

@@ -31,6 +31,7 @@ from reparam.deployed import (
     DeployedConv,
     DeployedLayerNorm,
     DeployedLinear,
+    DeployedQuadraticCore,
 )
 from reparam.deployed_mlps import (
     DeployedDepthwiseMlp,
@@ -236,7 +237,8 @@ def _made(spec: dict[str, Any]) -> Any:
         experts = {name: _made(expert) for name, expert in spec["experts"].items()}
         return DeployedMoE(_empty(spec["gate"]), _empty(spec["gate_bias"]), experts)
     if kind == "quadratic_core":
-        return QuadraticCore(spec["alphabet"], spec["similarity"])
+        quadratic = QuadraticCore(spec["alphabet"], spec["similarity"])
+        return DeployedQuadraticCore(quadratic.alphabet) if quadratic.is_plain else quadratic
     if kind == "linear_core":
         core = LinearCore(spec["heads"], spec["alphabet"], drop_bias=spec["drop_bias"])
         core.add_products = _made(spec["add_products"])

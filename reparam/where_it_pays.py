@@ -19,6 +19,7 @@ from reparam.model_structure import is_attention, linear_parts
 from reparam.mult import MULT_FORMS
 from reparam.shift import SHIFT_FORMS
 
+_QUADRATIC = "no table says what quadratic attention on codes takes"
 LINEAR_FORMS = (*MULT_FORMS, *SHIFT_FORMS)
 
 
@@ -93,7 +94,11 @@ def _by_what_it_is(layer: ModelLayer, parts: Mapping[str, Part]) -> ModelLayer:
 
 
 def _as_asked(layer: Layer, config: ReparamConfig, parts: Mapping[str, Part]) -> Layer:
-    """A linear in the forms alone that the configuration asks for at its place."""
+    """A layer in the forms alone that the configuration asks for at its place."""
+    if layer.rule == "attention":
+        rule = config.first_rule(layer.fqn)
+        quadratic = (rule.config if rule else config).attention == "quadratic"
+        return replace(layer, forms={}, no_form=_QUADRATIC) if quadratic else layer
     if layer.rule not in ("attention_linears", "mlp"):
         return layer
     # The qkv that an add attention will make of a q and a kv is no part of the model yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,13 +41,22 @@ def program(body: Callable[[], None], llvm: str | None = None) -> tirx.PrimFunc:
     return function.with_body(functions)
 
 
-def argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+def argument(name: str, shape: tuple[Any, ...], dtype: str, in_rows: bool = False) -> Any:
     """Declares a buffer argument; a size may be a symbolic variable.
 
     It may begin at any element: TVM would else take every argument for aligned to 64 bytes, and a
     slice of a tensor would end in a segmentation fault.
+
+    Args:
+        name: Of the argument.
+        shape, dtype: Of the tensor.
+        in_rows: Whether its last dimension alone lies together, and others wherever they are: a
+            permuted or an expanded tensor then needs no copy.
     """
-    return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=DataType(dtype).itemsize)
+    strides = [*(T.int32() for _ in shape[1:]), 1] if in_rows else None
+    return T.match_buffer(
+        T.arg(name, T.handle()), shape, dtype, strides=strides, align=DataType(dtype).itemsize
+    )
 
 
 def rows_of(tokens: Any) -> Any:
@@ -124,7 +134,7 @@ def fill(value: Any, lanes: int) -> Any:
     return value if lanes == 1 else T.broadcast(value, lanes)
 
 
-def lanes_total(vector: Any, lanes: int) -> Any:
+def lanes_total(vector: Any, lanes: int, join: Callable[[Any, Any], Any] = operator.add) -> Any:
     """Sum of the first ``lanes`` elements of an fp32 array, halved at each step.
 
     One after the other the additions would wait for each other, longer than a short row takes.
@@ -132,11 +142,13 @@ def lanes_total(vector: Any, lanes: int) -> Any:
     Args:
         vector: A ``local`` array.
         lanes: A power of two.
+        join: What makes one of two, where it is not their sum.
     """
     while lanes > 1:
         lanes //= 2
         half = local(lanes)
-        T.buffer_store(half, vector[at(0, lanes)] + vector[at(lanes, lanes)], [at(0, lanes)])
+        joined = join(vector[at(0, lanes)], vector[at(lanes, lanes)])
+        T.buffer_store(half, joined, [at(0, lanes)])
         vector = half
     return vector[0]
 
@@ -234,6 +246,50 @@ define linkonce_odr i32 @shiftadd_signs_{dtype}_{lanes}({vector} %values) always
 SIGN_BITS = "".join(
     _sign_bits_function(dtype, 1 << power) for dtype in ("float32", "int16") for power in range(5)
 )
+
+
+def first_of(buffer: Any, index: list[Any], count: Any) -> Any:
+    """A vector of ``LANES`` fp32, of which only the first ``count`` are read; 0 behind them.
+
+    The program must be given ``SOME_LANES``.
+    """
+    address = T.address_of(buffer[tuple(index)])
+    return T.call_extern(f"float32x{LANES}", "shiftadd_first_of", address, count)
+
+
+def only_first(vector: Any, count: Any, other: float) -> Any:
+    """A vector of ``LANES`` fp32 with ``other`` behind the first ``count``.
+
+    The program must be given ``SOME_LANES``.
+    """
+    return T.call_extern(
+        f"float32x{LANES}", "shiftadd_only_first", vector, count, fill(T.float32(other), LANES)
+    )
+
+
+_LANE_NUMBERS = ", ".join(f"i32 {lane}" for lane in range(LANES))
+_BEFORE = f"""
+  %one = insertelement <{LANES} x i32> poison, i32 %count, i64 0
+  %all = shufflevector <{LANES} x i32> %one, <{LANES} x i32> poison, <{LANES} x i32> zeroinitializer
+  %before = icmp slt <{LANES} x i32> <{_LANE_NUMBERS}>, %all
+"""
+# TVM has no word for a load that leaves out what lies behind the end of a tensor.
+SOME_LANES = f"""
+declare <{LANES} x float> @llvm.masked.load.v{LANES}f32.p0(
+    ptr, i32, <{LANES} x i1>, <{LANES} x float>)
+define linkonce_odr <{LANES} x float> @shiftadd_first_of(ptr %from, i32 %count) alwaysinline {{
+{_BEFORE}
+  %found = call <{LANES} x float> @llvm.masked.load.v{LANES}f32.p0(
+      ptr %from, i32 4, <{LANES} x i1> %before, <{LANES} x float> zeroinitializer)
+  ret <{LANES} x float> %found
+}}
+define linkonce_odr <{LANES} x float> @shiftadd_only_first(
+    <{LANES} x float> %vector, i32 %count, <{LANES} x float> %other) alwaysinline {{
+{_BEFORE}
+  %found = select <{LANES} x i1> %before, <{LANES} x float> %vector, <{LANES} x float> %other
+  ret <{LANES} x float> %found
+}}
+"""
 
 
 def spans(width: int, widest: int = LANES) -> Iterator[tuple[int, int]]:

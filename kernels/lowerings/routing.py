@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,18 +10,15 @@ from tvm import tirx
 
 from kernels.lowerings.activations import normalised
 from kernels.lowerings.emit import (
-    ROUNDS,
     argument,
     at,
     fill,
     local,
     program,
     row_totals,
-    vector_type,
 )
+from kernels.lowerings.exponential import exponential
 from kernels.targets import KernelTarget
-
-_EXP = [math.log(2) ** power / math.factorial(power) for power in range(7)]
 
 
 def top1_routing(k: int, experts: int, layer_norm: bool, target: KernelTarget) -> tirx.PrimFunc:
@@ -138,32 +134,8 @@ def probability(behind: Sequence[Any], lanes: int) -> Any:
     """
     total = fill(T.float32(1 if len(behind) == 1 else 0), lanes)
     for logit in behind:
-        total = total + _exp(logit, lanes)
+        total = total + exponential(logit, lanes)
     return fill(T.float32(1), lanes) / total
-
-
-def _exp(x: Any, lanes: int) -> Any:
-    """``exp(x)`` of x <= 0, to 2e-7 of 1, in vectors.
-
-    ``2^(n + f)``, n a whole number and f within half of one from 0, with the powers of f up to the
-    sixth.
-    """
-    power, rounded, total = local(lanes), local(lanes), local(lanes)
-    every = at(0, lanes)
-
-    def each(number: float) -> Any:
-        return fill(T.float32(number), lanes)
-
-    T.buffer_store(power, tirx.max(x * each(1 / math.log(2)), each(-126)), [every])
-    T.buffer_store(rounded, power[every] + each(ROUNDS), [every])
-    T.buffer_store(power, power[every] - (rounded[every] - each(ROUNDS)), [every])
-    T.buffer_store(total, each(_EXP[-1]), [every])
-    for coefficient in reversed(_EXP[:-1]):
-        T.buffer_store(total, total[every] * power[every] + each(coefficient), [every])
-    whole = tirx.reinterpret(vector_type("int32", lanes), rounded[every])
-    exponent = whole + fill(tirx.const(127, "int32"), lanes)
-    bits = tirx.shift_left(exponent, fill(tirx.const(23, "int32"), lanes))
-    return total[every] * tirx.reinterpret(vector_type("float32", lanes), bits)
 
 
 def _logits(x: Any, row: Any, k: int, gate: Any, bias: Any) -> list[Any]:

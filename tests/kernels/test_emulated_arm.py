@@ -113,6 +113,9 @@ def test_deployed_layers_are_their_steps(chip):
     forms = ("mult_int8", "shift_int4")
     with emulation(_target(chip)):
         layers.test_angular_attention(2, 33, 3, 32, True, "pm1")
+        layers.test_code_attention(1, 2, 65, 17, 40, 20, "pm1", "heads")
+        layers.test_code_attention(1, 1, 3, 40, 16, 33, "01", None)
+        layers.test_code_scores(1, 2, 65, 17, 40, 20, "pm1")
         layers.test_top1_routing(77, 40, 5, True)
         layers.test_depthwise_gelu(2, 5, 7, 48, True)
         layers.test_depthwise_moe_is_its_steps(forms, True, 2, 5, 7)

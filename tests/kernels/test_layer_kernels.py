@@ -47,6 +47,70 @@ def test_angular_attention(images, tokens, heads, head_dim, split, alphabet):
     torch.testing.assert_close(out.double(), _angular(qkv, conv, alphabet), rtol=1e-4, atol=1e-4)
 
 
+def _code_scores(q, k, alphabet):
+    q, k = q.double(), k.double()
+    if alphabet == "pm1":
+        codes = [torch.where(x > 0, 1.0, -1.0).double() for x in (q, k)]
+    else:
+        codes = [(x > x.mean(-1, keepdim=True)).double() for x in (q, k)]
+    magnitudes = q.abs().mean(-1)[..., None] * k.abs().mean(-1)[..., None, :]
+    return codes[0] @ codes[1].transpose(-1, -2) * magnitudes
+
+
+def _heads_of(images, heads, tokens, width):
+    """As attentions cut them out of what their linear gave: the rows lie apart."""
+    return torch.randn(images, tokens, heads, width).transpose(1, 2)
+
+
+CODED = [(2, 3, 5, 1, 1, 1), (1, 2, 65, 16, 32, 20), (3, 1, 7, 17, 72, 33), (1, 2, 49, 49, 24, 64)]
+
+
+@pytest.mark.parametrize("biased", [None, "heads", "all"])
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+@pytest.mark.parametrize("images, heads, queries, keys, bits, n", CODED)
+def test_code_attention(images, heads, queries, keys, bits, n, alphabet, biased):
+    q, k = _heads_of(images, heads, queries, bits), _heads_of(images, heads, keys, bits)
+    v, scale = _heads_of(images, heads, keys, n), 0.3
+    scores = scale * _code_scores(q, k, alphabet)
+    bias = None
+    if biased:
+        bias = torch.randn(images if biased == "all" else 1, heads, queries, keys)
+        bias[..., 1:].masked_fill_(torch.rand(queries, keys - 1) > 0.8, -torch.inf)
+        scores = scores + bias.double()
+    out = torch.ops.shiftadd.code_attention(q, k, v, bias, alphabet, scale)
+    expected = scores.softmax(-1) @ v.double()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+@pytest.mark.parametrize("images, heads, queries, keys, bits, n", CODED)
+def test_code_scores(images, heads, queries, keys, bits, n, alphabet):
+    q, k = _heads_of(images, heads, queries, bits), _heads_of(images, heads, keys, bits)
+    out = torch.ops.shiftadd.code_scores(q, k, alphabet)
+    torch.testing.assert_close(out.double(), _code_scores(q, k, alphabet), rtol=1e-5, atol=1e-6)
+
+
+def test_code_attention_of_any_size_of_scores_and_any_layout():
+    """The softmax neither overflows nor divides by nothing; features that lie apart are copied."""
+    q, k, v = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 8)
+    apart = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
+    for scale in (1e-6, 0.1, 1e4):
+        expected = (scale * _code_scores(q, k, "pm1")).softmax(-1) @ v.double()
+        for given in ((q, k, v), apart):
+            out = torch.ops.shiftadd.code_attention(*given, None, "pm1", scale)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.ops.shiftadd.code_attention(q[:, :, :0], k, v, None, "pm1", 1.0).numel() == 0
+
+
+def test_operator_contracts_of_attention_on_codes():
+    q, k, v = (_heads_of(2, 3, 5, 16) for _ in range(3))
+    for bias in (None, torch.randn(1, 3, 5, 5)):
+        given = (q, k, v, bias, "pm1", 0.25)
+        torch.library.opcheck(torch.ops.shiftadd.code_attention.default, given)
+    torch.library.opcheck(torch.ops.shiftadd.code_scores.default, (q, k, "01"))
+
+
 @pytest.mark.parametrize("m, k, experts", [(1, 5, 2), (200, 64, 2), (77, 40, 5)])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_top1_routing(m, k, experts, normalised):

@@ -8,10 +8,15 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import Attention as VitAttention
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.attention_structure import trace
+from reparam.agreement import layer_error
+from reparam.attention_structure import example_input, trace
 from reparam.coded_attention import CodedAttention, with_core
 from reparam.convert import ReparamConfig, reparameterize_
+from reparam.deploy import deploy
+from reparam.deployed import DeployedQuadraticCore
+from reparam.plan import Plan
 from reparam.quadratic_attention import CodeScores, QuadraticCore
 
 
@@ -92,6 +97,73 @@ def test_only_the_products_that_a_softmax_sees_are_replaced():
     core.code_scores.register_forward_hook(lambda *args: calls.append(1))
     model.set_submodule(fqn, with_core(model.get_submodule(fqn), core, traced.scores))
     assert model(x).isfinite().all() and len(calls) == heads > 1
+
+
+MASKS = {
+    "none": {},
+    "numbers": {"attn_mask": torch.randn(5, 7)},
+    "truths": {"attn_mask": torch.randn(3, 5, 7) > -1},
+    "causal": {"is_causal": True, "scale": 0.7},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alphabet", ["pm1", "01"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("before", [(3,), (2, 3), (2, 1, 3)])
+def test_the_deployed_core_computes_what_was_trained(before, mask, alphabet):
+    torch.manual_seed(0)
+    q, k = torch.randn(*before, 5, 12), torch.randn(*before, 7, 12)
+    v, core = torch.randn(*before, 7, 4), QuadraticCore(alphabet)
+    deployed = deploy(core)
+    assert isinstance(deployed, DeployedQuadraticCore)
+    given = MASKS[mask]
+    torch.testing.assert_close(deployed.attend(q, k, v, **given), core.attend(q, k, v, **given))
+    given = q, k.transpose(-2, -1)
+    torch.testing.assert_close(deployed.scores(*given), core.scores(*given))
+
+
+@pytest.mark.parametrize("other", [{"similarity": "angular"}, {"hashing": nn.Identity()}])
+def test_what_the_kernel_does_not_compute_stays(other):
+    assert type(deploy(QuadraticCore(**other))) is QuadraticCore
+
+
+class Operators(TorchDispatchMode):
+    """Notes the name of each operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+DEPLOYED = {
+    "vit_tiny_patch16_224": {"img_size": 48, "depth": 2},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (2, 2), "embed_dim": 48},
+    "swinv2_tiny_window8_256": {"img_size": 64, "window_size": 8, "depths": (2,)},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_deployed_models_compare_codes_by_kernels(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **DEPLOYED[name]).eval()
+    x = example_input(model)
+    done = reparameterize_(model, ReparamConfig(attention="quadratic", mlp="shift_int8"))
+    attentions = {fqn for fqn, what in done.converted.items() if "quadratic" in what}
+    assert layer_error(model, deploy(model, fuse=False), x) < 1e-4
+    deployed = deploy(model)
+    with Operators() as operators:
+        out = deployed(x)
+    kernels = [name for name in operators.seen if name.startswith("shiftadd.code_")]
+    assert len(kernels) == len(attentions) > 1
+    # A code within rounding of its threshold may fall on either side.
+    assert (out - model(x)).norm() < 2e-2 * out.norm()
+    torch.testing.assert_close(Plan(deployed, x)(x), out, rtol=1e-4, atol=1e-5)
 
 
 class SharedHeads(nn.Module):

@@ -19,6 +19,7 @@ from reparam.moe import MoEMlp
 from reparam.shift import ShiftLinear
 
 BATCH = 3
+LINEARS = ("qkv", "proj")
 
 
 def vit():
@@ -96,6 +97,13 @@ def test_a_form_is_judged_by_its_own_figures(table):
     """That a shift pays says nothing of a multiplication of ours, which the table has not."""
     done = reparameterize_(vit(), config(table, attention_linears="mult_int8"))
     assert not done.converted and "unknown" in done.skipped["blocks.0.attn.qkv"]
+
+
+def test_quadratic_attention_is_not_judged_by_the_linear_one(table):
+    model = vit()
+    done = reparameterize_(model, config(table, attention="quadratic"))
+    assert "no table says what quadratic attention" in done.skipped["blocks.0.attn"]
+    assert set(done.converted) == {f"blocks.{i}.attn.{name}" for i in (0, 1) for name in LINEARS}
 
 
 def test_where_nothing_pays_nothing_is_converted(table):
