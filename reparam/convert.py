@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -136,28 +136,33 @@ def reparameterize_(
 
 
 def reparameterize_by_parts_(
-    model: nn.Module, *configs: ReparamConfig
+    model: nn.Module, *parts: Sequence[ReparamConfig]
 ) -> tuple[dict[str, str], list[str]]:
-    """Converts by one configuration after the other, where a model may have nothing for some.
+    """Converts part by part, where a model may have nothing for some.
 
     Args:
         model: A timm model.
-        configs: In order.
+        parts: In order; each by one configuration after the other, those of the first preference
+            first.
 
     Returns:
-        What each replaced module became, by qualified name, and why each configuration that had no
-        effect had none.
+        What each replaced module became, by qualified name, and why each part of which no
+        configuration had an effect had none by the first.
 
     Raises:
         ConversionError: If none had an effect; says what the first of them does.
     """
     converted: dict[str, str] = {}
     failed: list[ConversionError] = []
-    for config in configs:
-        try:
-            converted |= reparameterize_(model, config).converted
-        except ConversionError as error:
-            failed.append(error)
+    for configs in parts:
+        errors: list[ConversionError] = []
+        for config in configs:
+            try:
+                converted |= reparameterize_(model, config).converted
+            except ConversionError as error:
+                errors.append(error)
+        if len(errors) == len(configs):
+            failed.append(errors[0])
     if not converted and failed:
         raise failed[0]
     return converted, [str(error) for error in failed]

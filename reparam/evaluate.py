@@ -7,11 +7,11 @@ python -m reparam.evaluate --scaling
 python -m reparam.evaluate --predicted-versus-measured --table runs/models/latency_table.json \
     --out runs/models
 
-A model is converted as the shipped recipes do (add attention where it has one that can be linear,
-int8 shifts around it, a mixture of int8 mult and shift experts) and deployed; its weights do not
-matter for its latency, the share of tokens on shift does, and is set. Results go to
-versus_torch.json, scaling.json and, as rows of layers and models that `cost_models.fit` reads on,
-measurements.sqlite in --out; what dispatching costs is only printed.
+A model is converted as the shipped recipes do (add attention where it can be linear, else quadratic
+attention on codes, int8 shifts around it, a mixture of int8 mult and shift experts) and deployed;
+its weights do not matter for its latency, the share of tokens on shift does, and is set. Results go
+to versus_torch.json, scaling.json and, as rows of layers and models that `cost_models.fit` reads
+on, measurements.sqlite in --out; what dispatching costs is only printed.
 """
 
 from __future__ import annotations
@@ -225,12 +225,25 @@ def _table(name: str | None) -> LatencyTable:
     return table
 
 
+def parts_to_convert(mult: str = _MULT) -> tuple[list[ReparamConfig], ...]:
+    """What is converted of a model, as far as it has it; of attentions what comes first, if it can.
+
+    Args:
+        mult: Form of the mult expert.
+    """
+    return (
+        [ReparamConfig(attention="add"), ReparamConfig(attention="quadratic")],
+        [ReparamConfig(attention_linears="shift_int8")],
+        [ReparamConfig(mlp="moe", experts={"mult": mult, "shift": "shift_int8"})],
+    )
+
+
 def prepared(
     name: str, mult: str = _MULT, option: str = "--model"
 ) -> tuple[nn.Module, Callable[[float], nn.Module]]:
     """The original model, and a deployed conversion of it at a share of tokens on shift.
 
-    It is converted as the second stage of the shipped recipes does, as far as it has the parts.
+    It is converted as the second stage of the shipped recipes does (``parts_to_convert``).
 
     Args:
         name: Any timm model.
@@ -247,13 +260,8 @@ def prepared(
     # What timm and the hub raise of a name, a folder or a file that they cannot make a model of.
     except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{option} {name}: {one_line(error)}") from error
-    stages = (
-        ReparamConfig(attention="add"),
-        ReparamConfig(attention_linears="shift_int8"),
-        ReparamConfig(mlp="moe", experts={"mult": mult, "shift": "shift_int8"}),
-    )
     try:
-        _, without = reparameterize_by_parts_(converted, *stages)
+        _, without = reparameterize_by_parts_(converted, *parts_to_convert(mult))
     except ConversionError as error:
         raise BadInput(f"{option} {name}: nothing of it can be converted: {error}") from error
     for reason in without:

@@ -162,6 +162,11 @@ class _Watch(TorchDispatchMode):
     def _bmm(self, args: Any, result: Tensor) -> None:
         self.counts["attention_macs"] += result.numel() * args[0].shape[-1]
 
+    def _code_attention(self, args: Any, result: Tensor) -> None:
+        """Of the values alone: codes are compared 32 bits at a time."""
+        k, v = args[1:3]
+        self.counts["attention_macs"] += result.shape[:-1].numel() * k.shape[-2] * v.shape[-1]
+
     def _attention(self, args: Any, result: Any) -> None:
         q, k, v = args[:3]
         pairs = q.shape[:-1].numel() * k.shape[-2]
@@ -172,6 +177,7 @@ _NOTES = {
     "shiftadd::linear": _Watch._linear,
     "shiftadd::add_attention": _Watch._add_attention,
     "shiftadd::angular_attention": _Watch._angular,
+    "shiftadd::code_attention": _Watch._code_attention,
     "shiftadd::moe": _Watch._moe,
     "shiftadd::depthwise_gelu": _Watch._depthwise,
     "shiftadd::depthwise_moe": _Watch._depthwise_moe,

@@ -27,6 +27,7 @@ from reparam.convert import (
     reparameterize_by_parts_,
 )
 from reparam.deploy import deploy
+from reparam.evaluate import parts_to_convert
 from reparam.plan import Plan
 from reparam.plan_trace import PlanError
 
@@ -127,12 +128,6 @@ MODELS = [
     "fasternet_t0",
 ]
 
-# What a deployed model consists of, one after the other: a model may have nothing for one of them.
-DEPLOYED = (
-    ReparamConfig(attention="add"),
-    ReparamConfig(attention_linears="shift_int8"),
-    ReparamConfig(mlp="moe"),
-)
 # Off by more, something was computed wrongly.
 FARTHEST = 0.25
 
@@ -170,7 +165,7 @@ def deployed(name: str) -> tuple[str, bool]:
     model = timm.create_model(name).eval()
     x = example_input(model)
     try:
-        done = len(reparameterize_by_parts_(model, *DEPLOYED)[0])
+        done = len(reparameterize_by_parts_(model, *parts_to_convert())[0])
     except ConversionError as error:
         return f"nothing to deploy: {error}", True
     ours = deploy(model)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam.agreement import layer_error
+from reparam.agreement import ROUNDING, first_flip, layer_error
 from reparam.attention_structure import example_input, trace
 from reparam.coded_attention import CodedAttention, with_core
 from reparam.convert import ReparamConfig, reparameterize_
@@ -226,3 +226,15 @@ def test_code_scores_depend_on_signs_alone_and_pass_a_gradient(alphabet):
     q, k = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 4, 8)
     assert torch.equal(scores(q, k), scores(5 * q, k.sign() / math.pi))
     assert torch.autograd.grad(scores(q, k).square().sum(), q)[0].abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_flipped_code_is_traced_to_its_attention():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2).eval()
+    reparameterize_(model, ReparamConfig(attention="quadratic"))
+    deployed, images = deploy(model), torch.randn(20, 1, 3, 96, 96)
+    deployed.blocks[0].attn.qkv.weight.mul_(1 + 3e-5 * torch.randn(576, 192))
+    flips = [flip for image in images if (flip := first_flip(model, deployed, image))]
+    assert {flip.layer for flip in flips} >= {"blocks.0.attn.core"}
+    assert all(0 < flip.gap <= ROUNDING for flip in flips)
