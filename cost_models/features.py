@@ -96,7 +96,7 @@ def form_facts(form: str) -> FormFacts:
         extra_bytes=4 * (("scale" in probe.fused) + ("bias" in probe.fused)) if linear else 0,
         prepares=bool({"quantise", "cast"} & set(probe.fused)),
         x_dtype_bytes=DTYPE_BITS[probe.x_dtype] / 8,
-        decodes=probe.alphabet == "pow2" and not whole,
+        decodes=probe.coded == "w" and not whole,
     )
 
 

@@ -81,9 +81,9 @@ def _unscheduled(define: Callable[[Workload, KernelTarget], tirx.PrimFunc]) -> C
     return lambda workload, target, schedule: define(workload, target)
 
 
-def _forms(name: str) -> tuple[str, ...]:
-    """The forms of one product: both alphabets, both types."""
-    return tuple(form for form in FORMS if form.startswith(name))
+def _forms(*names: str) -> tuple[str, ...]:
+    """The forms of some products of attention: both alphabets, both types."""
+    return tuple(form for form in FORMS if form.startswith(names))
 
 
 def _panels(form: str) -> Lowering:
@@ -100,6 +100,7 @@ def _amx(*forms: str) -> Lowering:
     return Lowering("llvm", forms, define, space, default, around=AROUND, amx=True)
 
 
+_ATTENTION = _forms("add_kv", "add_qkv", "add_attention")
 _GROUPS = (add.schedule_space, add.default_schedule)
 _TILES = (cuda_linear.schedule_space, cuda_linear.default_schedule)
 
@@ -111,6 +112,7 @@ LOWERINGS: dict[str, Lowering] = {
     "shift.amx_dot": _amx("shift_int8"),
     "shift.amx_planes": _amx("shift_int8_wide"),
     "shift.amx_nibbles": _amx("shift_int4"),
+    "add.amx_bits": _amx("add_int8"),
     "mult.panels": _panels("mult_fp32"),
     "mult.pairs": _panels("mult_bf16"),
     "mult.dot": _panels("mult_int8"),
@@ -120,6 +122,7 @@ LOWERINGS: dict[str, Lowering] = {
     "shift.dot": _panels("shift_int8"),
     "shift.planes": _panels("shift_int8_wide"),
     "shift.nibbles": _panels("shift_int4"),
+    "add.bits": _panels("add_int8"),
     "add.buckets": Lowering("llvm", _forms("add_kv"), add.buckets, *_GROUPS),
     "add.buckets_split": Lowering(
         "llvm", _forms("add_kv"), partial(add.buckets, split=True), *_GROUPS
@@ -150,11 +153,7 @@ LOWERINGS: dict[str, Lowering] = {
         "cuda", ("shift_int4",), cuda_linear.nibbles, *_TILES, cuda_linear.memory
     ),
     "add.cuda_split": Lowering(
-        "cuda",
-        _forms("add_"),
-        cuda_add.product,
-        memory=cuda_add.memory,
-        oldest_architecture=80,
+        "cuda", _ATTENTION, cuda_add.product, memory=cuda_add.memory, oldest_architecture=80
     ),
     # For GPUs whose tensor cores know no bf16.
     "add.cuda": Lowering(

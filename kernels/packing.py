@@ -28,6 +28,8 @@ PLANE_EXPONENTS = 7
 LARGEST_POWER = 1 << PLANE_EXPONENTS - 1
 # Two codes to a byte, and those of one vector of a dot product.
 NIBBLE_BITS, NIBBLE_RUN = 4, 64
+# Eight codes to a byte.
+BYTE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class LinearParameters:
     Attributes:
         form: A linear form in ``kernels.workload.FORMS``.
         values: fp32 ``(n, k)``: the weights themselves (mult_fp32), whole numbers in ±127
-            (mult_int8) or ±63 (mult_int7), or ±2^p in the form's range of p (shift forms).
+            (mult_int8) or ±63 (mult_int7), ±2^p in the form's range of p (shift forms), or ±1
+            (add_int8).
         scale: fp32 ``(n,)``; ones for mult_fp32 and mult_bf16.
         bias: fp32 ``(n,)``.
     """
@@ -112,6 +115,22 @@ def round_to_pow2(x: Tensor, exponent_min: int, exponent_max: int) -> Tensor:
     return torch.where(x < 0, -1.0, 1.0) * torch.exp2(exponent)
 
 
+def signs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes each weight as ±1, after a scale per output channel; a zero becomes +1.
+
+    Args:
+        weight: fp32 ``(n, k)``.
+
+    Returns:
+        ±1 as fp32 ``(n, k)``, and the scale ``(n,)``: the mean magnitude, which leaves the least
+        squared error.
+
+    Source:
+        XNOR-Net, arXiv 1603.05279, eq. 6.
+    """
+    return torch.where(weight < 0, -1.0, 1.0), weight.abs().mean(dim=1)
+
+
 def quantise_weight(form: str, weight: Tensor, bias: Tensor | None = None) -> LinearParameters:
     """Writes a weight in the alphabet of a form.
 
@@ -127,6 +146,8 @@ def quantise_weight(form: str, weight: Tensor, bias: Tensor | None = None) -> Li
         values, scale = nearest_pow2(
             weight, FORMS[form]["exponent_min"], FORMS[form]["exponent_max"]
         )
+    elif FORMS[form]["primitive"] == "add":
+        values, scale = signs(weight)
     elif form in WHOLE_WEIGHTS:
         values, scale = quantise_channels(weight, WHOLE_WEIGHTS[form])
     else:
@@ -220,6 +241,8 @@ def pack_linear(parameters: LinearParameters) -> tuple[Tensor, ...]:
     offset = torch.cat([pad_channels(128 * plane.sum(dim=1)) for plane in planes]).to(torch.int32)
     if form == "shift_int4":
         panels = pack_nibbles(panels)
+    if form == "add_int8":
+        panels = pack_bits(panels)
     return panels, scale * unit, bias, offset
 
 
@@ -262,3 +285,23 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     runs = packed.unflatten(-1, (-1, NIBBLE_RUN // 2))
     nibbles = torch.stack((runs & 15, runs >> 4), dim=-2).flatten(-3).int()
     return ((1 << (nibbles & 7) & 127) * (1 - 2 * (nibbles >> 3))).to(torch.int8)
+
+
+def pack_bits(codes: Tensor) -> Tensor:
+    """Packs the signs of ±1, eight to a byte, the first into the lowest bit.
+
+    Args:
+        codes: int8 ``(..., width)``, width a multiple of ``BYTE_BITS``. A 0, as padding has it, is
+            written as -1.
+
+    Returns:
+        uint8 ``(..., width / 8)``.
+    """
+    bits = (codes > 0).unflatten(-1, (-1, BYTE_BITS)).int()
+    return (bits << torch.arange(BYTE_BITS)).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Inverse of ``pack_bits``: int8 ``(..., 8 * width)``."""
+    bits = packed[..., None].int() >> torch.arange(BYTE_BITS) & 1
+    return (2 * bits - 1).flatten(-2).to(torch.int8)

@@ -117,9 +117,9 @@ class Workload:
         """``linear``, ``kv`` (KᵀV), ``qkv`` (Q(KᵀV)) or ``attention`` (Q(KᵀV) from Q, K and V)."""
         if "both" in self.fused:
             return "attention"
-        if self.primitive == "add" or self.w_layout == "kn":
-            return "kv" if self.x_layout == "km" else "qkv"
-        return "linear"
+        if self.w_layout == "nk":
+            return "linear"
+        return "kv" if self.x_layout == "km" else "qkv"
 
     @property
     def form(self) -> str:
@@ -264,7 +264,7 @@ def linear(form: str, m: int, k: int, n: int, around: tuple[str, ...] = ()) -> W
     """Workload of a linear layer: x ``(m, k)`` times W ``(n, k)`` transposed, plus bias ``(n,)``.
 
     Args:
-        form: A name in FORMS whose primitive is mult or shift.
+        form: A name in FORMS of a linear.
         m: Tokens (batch folded in).
         k: Input features.
         n: Output features.

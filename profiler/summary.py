@@ -188,12 +188,11 @@ def own_mult_lines(rows: Sequence[Measurement]) -> list[str]:
 
 
 def _questions() -> dict[str, tuple[str, ...]]:
-    """What the headlines are about: add as a whole, and each form of a linear."""
-    add = tuple(name for name, form in FORMS.items() if form["primitive"] == "add")
-    found = {"add": add}
-    for primitive, words in (("shift", "shift"), ("mult", "our own mult")):
+    """What the headlines are about: add attention as a whole, and each form of a linear."""
+    found = {"add": tuple(name for name, form in FORMS.items() if form["w_layout"] == "kn")}
+    for primitive, words in (("shift", "shift"), ("add", "add"), ("mult", "our own mult")):
         for name, form in FORMS.items():
-            if form["primitive"] == primitive:
+            if (form["primitive"], form["w_layout"]) == (primitive, "nk"):
                 variant = name.removeprefix(f"{primitive}_").replace("_", " ")
                 found[f"{words}, {variant}"] = (name,)
     return found

@@ -21,11 +21,10 @@ from reparam.add_attention import AddProducts
 from reparam.data import Data
 from reparam.deploy import deploy
 from reparam.deployed import DeployedAngular, Fused
+from reparam.linear_forms import FormLinear
 from reparam.moe import MoEMlp, moe_layers
-from reparam.mult import MultLinear
 from reparam.quadratic_attention import QuadraticCore
 from reparam.results import Agreement
-from reparam.shift import ShiftLinear
 
 # What fp32 sums in another order come to after some layers, relative to a row's largest value.
 ROUNDING = 1e-4
@@ -174,7 +173,7 @@ def _as_trained(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...
 
 
 def _decides(module: nn.Module) -> bool:
-    if isinstance(module, ShiftLinear | MultLinear):
+    if isinstance(module, FormLinear):
         return quantises(module.form)
     return isinstance(module, AddProducts | MoEMlp | QuadraticCore)
 

@@ -9,22 +9,22 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from reparam.kernelised_hashing import ANCHORS, BITS
-from reparam.linear_forms import ActivationClip
-from reparam.mult import MULT_FORMS
+from reparam.linear_forms import LINEAR_FORMS, ActivationClip
 from reparam.quadratic_attention import Similarity
-from reparam.shift import SHIFT_FORMS, ShiftVariant
+from reparam.shift import ShiftVariant
 
 ShiftForm = Literal["shift_fp32", "shift_bf16", "shift_int8", "shift_int8_wide", "shift_int4"]
 MultForm = Literal["mult_fp32", "mult_bf16", "mult_int8", "mult_int7"]
-LinearForm = Literal["keep"] | ShiftForm | MultForm
+AddForm = Literal["add_int8"]
+LinearForm = Literal["keep"] | ShiftForm | MultForm | AddForm
 AttentionForm = Literal["keep", "add", "quadratic"]
 
 REGEX = "re:"
 
 
 def _trainable_form(form: str) -> str:
-    if form not in MULT_FORMS + SHIFT_FORMS:
-        raise ValueError(f"{form!r} is not one of {', '.join(MULT_FORMS + SHIFT_FORMS)}")
+    if form not in LINEAR_FORMS:
+        raise ValueError(f"{form!r} is not one of {', '.join(LINEAR_FORMS)}")
     return form
 
 

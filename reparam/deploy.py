@@ -26,13 +26,12 @@ from reparam.deployed_mlps import (
 from reparam.fuse import fuse_
 from reparam.hashing import SignHash
 from reparam.kept_memory import keep_freed_memory
+from reparam.linear_forms import FormLinear
 from reparam.model_structure import does_nothing, is_gelu
 from reparam.moe import MoEMlp
-from reparam.mult import MultLinear
 from reparam.one_thread import torch_on_one_thread_
 from reparam.pointwise import Pointwise
 from reparam.quadratic_attention import QuadraticCore
-from reparam.shift import ShiftLinear
 
 _VECTOR = 16
 
@@ -80,7 +79,7 @@ def _deployed(
 def _newly_deployed(
     module: nn.Module, fuse: bool, made: dict[nn.Module, nn.Module], inside_converted: bool
 ) -> nn.Module:
-    if isinstance(module, ShiftLinear | MultLinear):
+    if isinstance(module, FormLinear):
         return DeployedLinear.of(module.export())
     if isinstance(module, AddProducts):
         return DeployedAddProducts(module.alphabet)

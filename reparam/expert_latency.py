@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from cost_models.work import Answer, expert_kernels
 from kernels.workload import Workload, attention, linear
 from reparam.add_attention import AddAttention, AddProducts
+from reparam.linear_forms import FormLinear
 from reparam.moe import MoEMlp, moe_layers
-from reparam.mult import MultLinear
 from reparam.one_pass import watch_pass
-from reparam.shift import ShiftLinear
 
 # From the surest to the least sure; a sum is as sure as its least sure term.
 _SOURCES = ("measured", "predicted", "extrapolated")
@@ -116,7 +115,7 @@ def _linears(module: nn.Module, tokens: int) -> list[Workload]:
     return [
         linear(getattr(part, "form", "mult_fp32"), tokens, part.in_features, part.out_features)
         for part in module.modules()
-        if isinstance(part, ShiftLinear | MultLinear | nn.Linear)
+        if isinstance(part, FormLinear | nn.Linear)
     ]
 
 
@@ -141,7 +140,7 @@ def _input_shapes(model: nn.Module, example: Tensor) -> dict[str, list[torch.Siz
         if fqn.startswith(inside_moe):
             return False
         plain = isinstance(module, nn.Linear) and fqn.startswith(inside_attention)
-        return plain or isinstance(module, AddProducts | MoEMlp | ShiftLinear | MultLinear)
+        return plain or isinstance(module, AddProducts | MoEMlp | FormLinear)
 
     return input_shapes(model, example, is_converted)
 

@@ -24,15 +24,14 @@ from cost_models.work import expert_kernels, far_counts
 from kernels.workload import Workload
 from reparam.deploy import deploy
 from reparam.expert_latency import Estimate, layer_workloads, undecided
+from reparam.linear_forms import FormLinear
 from reparam.moe import MoEMlp, moe_layers
-from reparam.mult import MultLinear
-from reparam.shift import ShiftLinear
 from reparam.watched_work import work_beside_experts
 
 Schedule = Literal["sequential", "parallel"]
 
 GRID_POINTS = 17
-_LINEARS = (ShiftLinear, MultLinear, nn.Linear)
+_LINEARS = FormLinear | nn.Linear
 
 
 @dataclass(frozen=True)

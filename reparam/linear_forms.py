@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.forms import FORMS
-from reparam.mult import MultLinear
-from reparam.shift import ShiftLinear, ShiftVariant
+from reparam.add_linear import ADD_FORMS, AddLinear
+from reparam.mult import MULT_FORMS, MultLinear
+from reparam.shift import SHIFT_FORMS, ShiftLinear, ShiftVariant
+
+# A trainable linear of a form, and the forms that there are.
+FormLinear = ShiftLinear | AddLinear | MultLinear
+LINEAR_FORMS = (*MULT_FORMS, *SHIFT_FORMS, *ADD_FORMS)
 
 ActivationClip = Literal["none", "calibrated", "learned"]
 
@@ -60,14 +65,13 @@ def linear_in_form(
         clip: Whether a ``Clip`` stands before it; forms that do not quantise need none.
 
     Returns:
-        A ``ShiftLinear`` or ``MultLinear``, or a sequence of a ``Clip`` named ``clip`` and that,
-        named ``linear``.
+        A ``FormLinear``, or a sequence of a ``Clip`` named ``clip`` and that, named ``linear``.
     """
     made: nn.Module
-    if FORMS[form]["primitive"] == "shift":
+    if form in SHIFT_FORMS:
         made = ShiftLinear.from_linear(linear, form, variant, bits)
     else:
-        made = MultLinear.from_linear(linear, form)
+        made = (AddLinear if form in ADD_FORMS else MultLinear).from_linear(linear, form)
     if clip == "none" or "quantise" not in FORMS[form]["fused"]:
         return made
     before = Clip(clip == "learned").to(linear.weight)

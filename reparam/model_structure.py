@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from reparam.add_attention import AddAttention
 from reparam.coded_attention import CodedAttention
+from reparam.linear_forms import FormLinear
 from reparam.moe import MoEMlp
-from reparam.mult import MultLinear
 from reparam.pointwise import is_pointwise
-from reparam.shift import ShiftLinear
 
 CONVERTED_ATTENTION = (AddAttention, CodedAttention)
 # An MLP has two linears; a gated one three, and one more where the gate is a linear of its own.
@@ -96,7 +95,7 @@ def linear_parts(module: nn.Module) -> dict[str, nn.Module]:
         if any(name.startswith(f"{other}.") for other in found):
             continue
         pointwise = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.groups == 1
-        if isinstance(part, nn.Linear | ShiftLinear | MultLinear | MoEMlp) or pointwise:
+        if isinstance(part, nn.Linear | FormLinear | MoEMlp) or pointwise:
             found[name] = part
     return found
 

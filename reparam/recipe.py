@@ -22,7 +22,7 @@ from torch import nn
 
 from kernels.forms import FORMS
 from profiler.command_line import BadInput, load_config, one_line
-from reparam.conversion_rules import LinearForm, MultForm, ReparamConfig, ShiftForm
+from reparam.conversion_rules import AddForm, LinearForm, MultForm, ReparamConfig, ShiftForm
 from reparam.convert import FilterFn
 from reparam.latency_curves import Schedule
 from reparam.shift import ShiftVariant
@@ -32,7 +32,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # Of whole weights in 8 bits or fewer, those that the latency table's device multiplies fastest.
 MULT_FASTEST = "mult_fastest"
 
-ExpertForm = ShiftForm | MultForm | Literal["mult_fastest"]
+ExpertForm = ShiftForm | MultForm | AddForm | Literal["mult_fastest"]
 
 
 def _named_by_primitive(experts: dict[str, ExpertForm]) -> dict[str, ExpertForm]:

@@ -15,12 +15,10 @@ from cost_models.latency_table import LatencyTable
 from profiler.model_workloads import ModelLayer, Rule, layers_of
 from reparam.attention_structure import opened
 from reparam.conversion_rules import ReparamConfig
+from reparam.linear_forms import LINEAR_FORMS
 from reparam.model_structure import is_attention, linear_parts
-from reparam.mult import MULT_FORMS
-from reparam.shift import SHIFT_FORMS
 
 _QUADRATIC = "no table says what quadratic attention on codes takes"
-LINEAR_FORMS = (*MULT_FORMS, *SHIFT_FORMS)
 
 
 class Part(NamedTuple):

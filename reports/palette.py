@@ -37,6 +37,7 @@ FORM_MARKS = {
     "shift_int8": (VERMILLION, "D"),
     "shift_int8_wide": (VERMILLION, "p"),
     "shift_int4": (VERMILLION, "*"),
+    "add_int8": (GREEN, "*"),
     "add_kv_pm1": (GREEN, "o"),
     "add_kv_01": (GREEN, "s"),
     "add_qkv_pm1": (GREEN, "^"),

@@ -59,7 +59,7 @@ def _heat_map(group: Sequence[Comparison]) -> Picture | None:
     )
     # One column serves all attention products: the form is in the product's name.
     ratios["column"] = [
-        ADD if FORMS.get(form, {}).get("primitive") == "add" else form for form in ratios["column"]
+        ADD if FORMS.get(form, {}).get("w_layout") == "kn" else form for form in ratios["column"]
     ]
     names = [form for form in FORMS if form in set(ratios["column"])]
     own = pd.DataFrame(

@@ -19,7 +19,7 @@ from kernels.lowerings.emit import (
     spans,
     vector_type,
 )
-from kernels.packing import BF16_GROUP, INT8_MAX
+from kernels.packing import BF16_GROUP, DOT_GROUP, INT8_MAX
 
 # The first pass over a row asks for what comes that much later. The hardware's own prefetch
 # begins anew at each page, and main memory would be waited for.
@@ -77,7 +77,8 @@ def quantise_row(x: Any, row: Any, k: int, codes: Any, slot: Any, row_scale: Any
         x: fp32 ``(m, k)``.
         row: Of x.
         k: Inputs.
-        codes: int8, or uint8 for codes plus 128; the row's go to ``codes[slot]``.
+        codes: int8, or uint8 for codes plus 128; the row's go to ``codes[slot]``, and 0 to what
+            pads it: weights of one bit have no 0.
         slot: Row of the workspace.
         row_scale: fp32, the row's scale goes to ``row_scale[slot]``.
     """
@@ -96,6 +97,8 @@ def quantise_row(x: Any, row: Any, k: int, codes: Any, slot: Any, row_scale: Any
         T.buffer_store(codes, byte, [slot, at(offset, lanes)])
 
     _each_vector(k, code)
+    for padding in range(k, -(-k // DOT_GROUP) * DOT_GROUP):
+        T.buffer_store(codes, tirx.const(0, codes.dtype), [slot, padding])
 
 
 def round_row(x: Any, row: Any, k: int, bits: Any, slot: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from kernels.lowerings import mult, shift
+from kernels.lowerings import add_weights, mult, shift
 from kernels.lowerings.panel_product import Arithmetic
 from kernels.packing import LARGEST_POWER, WHOLE_WEIGHTS
 from kernels.targets import KernelTarget
@@ -22,6 +22,7 @@ ARITHMETIC: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "shift_int8": partial(mult.dot, largest_weight=LARGEST_POWER),
     "shift_int8_wide": shift.planes,
     "shift_int4": shift.nibbles,
+    "add_int8": add_weights.bits,
 }
 # By tiles, where the CPU has them.
 AMX: dict[str, Callable[[KernelTarget], Arithmetic]] = {
@@ -32,6 +33,7 @@ AMX: dict[str, Callable[[KernelTarget], Arithmetic]] = {
     "shift_int8": mult.amx_dot,
     "shift_int8_wide": shift.amx_planes,
     "shift_int4": shift.amx_nibbles,
+    "add_int8": add_weights.amx_bits,
 }
 
 

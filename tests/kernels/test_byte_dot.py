@@ -25,6 +25,7 @@ EXTREMES = [
     ("shift_int8", "shift.dot", 64),
     ("shift_int8_wide", "shift.planes", 1 << 13),
     ("shift_int4", "shift.nibbles", 64),
+    ("add_int8", "add.bits", 1),
 ]
 
 

@@ -29,6 +29,7 @@ LINEAR = (
     "shift_int8",
     "shift_int8_wide",
     "shift_int4",
+    "add_int8",
 )
 
 

@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 
 from kernels.baselines import BASELINES, baseline, names
 from kernels.build import LOWERINGS, BuildError, build, lowerings, set_threads
-from kernels.forms import AROUND
+from kernels.forms import AROUND, FORMS
 from kernels.lowerings.code_groups import groups_of
 from kernels.reference import Operands, max_abs_error, oracle, random_operands
 from kernels.targets import TargetError, cpu_target, cuda_target
 from kernels.workload import WorkloadError, attention, linear
 
 LINEAR = [
-    f for low in LOWERINGS.values() if low.target == "llvm" for f in low.forms if "add" not in f
+    f
+    for low in LOWERINGS.values()
+    if low.target == "llvm"
+    for f in low.forms
+    if FORMS[f]["w_layout"] == "nk"
 ]
 SHAPES = [(1, 1, 1), (3, 5, 7), (17, 37, 33), (29, 64, 64), (14, 16, 100), (61, 130, 96)]
 ATTENTION = [

@@ -80,5 +80,6 @@ def test_quantised_weights_stand_for_the_original(form):
     weight, bias = _normal(0, 40, 50), _normal(1, 40)
     parameters = packing.quantise_weight(form, weight, bias)
     error = (parameters.weight - weight).norm() / weight.norm()
-    assert error < {"mult": 0.02, "shift": 0.25}[FORMS[form]["primitive"]]
+    # Of normal weights a sign and a mean lose √(1 - 2/π).
+    assert error < {"mult": 0.02, "shift": 0.25, "add": 0.63}[FORMS[form]["primitive"]]
     assert torch.equal(parameters.bias, bias)

@@ -9,9 +9,10 @@ from torch import nn
 from kernels.forms import FORMS
 from reparam.add_attention import AddAttention
 from reparam.convert import ConversionError, LayerConfig, LayerRule, ReparamConfig, reparameterize_
+from reparam.linear_forms import LINEAR_FORMS
 from reparam.moe import MoEMlp, moe_layers
-from reparam.mult import MULT_FORMS, MultLinear
-from reparam.shift import SHIFT_FORMS, ShiftLinear
+from reparam.mult import MultLinear
+from reparam.shift import ShiftLinear
 
 STAGE1 = ReparamConfig(attention="add")
 SHIFT = ReparamConfig(attention_linears="shift_int8", mlp="shift_fp32")
@@ -210,7 +211,7 @@ def test_a_weight_that_is_used_without_its_linear_is_skipped():
     assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} == set(done.converted)
 
 
-@pytest.mark.parametrize("form", SHIFT_FORMS + MULT_FORMS)
+@pytest.mark.parametrize("form", LINEAR_FORMS)
 def test_every_form_converts_and_trains(form):
     model = vit(depth=1)
     reparameterize_(model, ReparamConfig(attention_linears=form, mlp=form))

@@ -9,8 +9,10 @@ from torch import nn
 
 from kernels.forms import FORMS
 from kernels.packing import byte_to_pow2, pack_linear, pow2_to_byte, quantise_rows
+from reparam.add_linear import ADD_FORMS
 from reparam.fake_quantise import straight_through
 from reparam.hashing import binarise, code_source
+from reparam.linear_forms import linear_in_form
 from reparam.mult import MULT_FORMS, MultLinear
 from reparam.shift import SHIFT_FORMS, ShiftLinear
 
@@ -22,7 +24,7 @@ def make_linear(k, n, bias=True, seed=0):
 
 def layers(linear):
     return [ShiftLinear.from_linear(linear, f, v) for f in SHIFT_FORMS for v in ("Q", "PS")] + [
-        MultLinear.from_linear(linear, form) for form in MULT_FORMS
+        linear_in_form(linear, form) for form in (*MULT_FORMS, *ADD_FORMS)
     ]
 
 
@@ -106,10 +108,10 @@ def test_bits_narrow_the_exponents_and_export_exactly(form, variant, bits):
         ShiftLinear.from_linear(make_linear(4, 4), form, variant, bits + 6)
 
 
-@pytest.mark.parametrize("form", ["shift_fp32", "shift_int8", "mult_int8", "mult_bf16"])
+@pytest.mark.parametrize("form", ["shift_fp32", "shift_int8", "mult_int8", "mult_bf16", "add_int8"])
 def test_gradient_is_that_of_the_linear_it_stands_for(form):
     linear = make_linear(16, 8)
-    layer = (ShiftLinear if form in SHIFT_FORMS else MultLinear).from_linear(linear, form)
+    layer = linear_in_form(linear, form)
     x, weights = torch.randn(5, 16), torch.randn(5, 8)
     seen = quantise_rows(x)[0] * quantise_rows(x)[1] if "int8" in form else x
     seen = x.bfloat16().float() if form == "mult_bf16" else seen
