@@ -13,6 +13,7 @@ import kernels.layer_ops  # noqa: F401  both register torch.ops.shiftadd
 from kernels.build import set_threads
 from kernels.compilation import compile_program
 from kernels.layer_kernels import layer_kernel
+from kernels.lowerings.code_attention import code_attention
 from kernels.lowerings.emit import argument, at, program
 from kernels.lowerings.gelu import _by_pieces, gelu
 from kernels.lowerings.routing import probability
@@ -101,6 +102,16 @@ def test_code_attention_of_any_size_of_scores_and_any_layout():
             out = torch.ops.shiftadd.code_attention(*given, None, "pm1", scale)
             torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.ops.shiftadd.code_attention(q[:, :, :0], k, v, None, "pm1", 1.0).numel() == 0
+
+
+@pytest.mark.parametrize("chip", ["generic", "x86-64-v3"])
+def test_code_attention_of_older_cpus(chip):
+    q, k, v, bias = (torch.randn(1, 2, 40, width) for width in (70, 70, 33, 40))
+    target, out = cpu_target(chip), torch.empty(1, 40, 2, 33)
+    program = compile_program(code_attention(70, 33, "pm1", 0.5, True, target), target)
+    program["main"](q, k, v, bias, out)
+    expected = (0.5 * _code_scores(q, k, "pm1") + bias).softmax(-1) @ v.double()
+    torch.testing.assert_close(out.transpose(1, 2).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_operator_contracts_of_attention_on_codes():
