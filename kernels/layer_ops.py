@@ -76,8 +76,8 @@ def _code_scores_fake(q: Tensor, k: Tensor, alphabet: str) -> Tensor:
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """A tensor whose last dimension lies together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """A tensor whose last dimension lies together, also where it is of one element alone."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, gelu: bool) -> Tensor:

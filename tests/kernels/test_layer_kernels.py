@@ -1,5 +1,6 @@
 """The kernels around the products against torch's operators in float64."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -94,9 +95,9 @@ def test_code_scores(images, heads, queries, keys, bits, n, alphabet):
 
 def test_code_attention_of_any_size_of_scores_and_any_layout():
     """The softmax neither overflows nor divides by nothing; features that lie apart are copied."""
-    q, k, v = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 8)
-    apart = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
-    for scale in (1e-6, 0.1, 1e4):
+    for bits, scale in itertools.product((1, 16), (1e-6, 0.1, 1e4)):
+        q, k, v = torch.randn(1, 2, 9, bits), torch.randn(1, 2, 20, bits), torch.randn(1, 2, 20, 8)
+        apart = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
         expected = (scale * _code_scores(q, k, "pm1")).softmax(-1) @ v.double()
         for given in ((q, k, v), apart):
             out = torch.ops.shiftadd.code_attention(*given, None, "pm1", scale)
