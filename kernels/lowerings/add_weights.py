@@ -1,41 +1,53 @@
 """Products by ±1: mult's schedules, with weights of one bit that are unpacked in registers.
 
-An eighth of the weight traffic of int8, for three instructions a panel row and tile.
+An eighth of the weight traffic of int8, for two instructions a vector of weights and tile of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from tvm import tirx
+import tvm.script.ir_builder.tirx as T
 
-from kernels.lowerings.emit import LANES, fill
+from kernels.lowerings.emit import LANES
 from kernels.lowerings.inner_product import Unit, amx_int8, int8_dot
 from kernels.lowerings.panel_product import Arithmetic, Stored
 from kernels.packing import BYTE_BITS, DOT_GROUP
 from kernels.targets import KernelTarget
 
 _RUN = LANES * DOT_GROUP
-_unit_dot = partial(int8_dot, largest_weight=1)
+_BYTES = _RUN // BYTE_BITS
+
+
+def _each(value: int) -> str:
+    return f"<{', '.join([f'i8 {value}'] * _RUN)}>"
+
+
+# In LLVM's language, since TVM has no word for bits that choose among the lanes of a vector.
+_LLVM_SIGNS = f"""
+define linkonce_odr <{_RUN} x i8> @shiftadd_signs_of(<{_BYTES} x i8> %packed) alwaysinline {{
+  %set = bitcast <{_BYTES} x i8> %packed to <{_RUN} x i1>
+  %signs = select <{_RUN} x i1> %set, <{_RUN} x i8> {_each(1)}, <{_RUN} x i8> {_each(-1)}
+  ret <{_RUN} x i8> %signs
+}}
+"""
 
 
 def _from_bits(packed: Any) -> Any:
     """uint8x8 of eight bits each into int8x64 of ±1, the lowest bit first."""
-    spread = [tirx.const(place // BYTE_BITS, "int32") for place in range(_RUN)]
-    masks = [tirx.const(1 << place % BYTE_BITS, "uint8") for place in range(_RUN)]
-    place = [tirx.const(place, "int32") for place in range(_RUN)]
-    # A shuffle gives no more lanes than it is given.
-    bytes_of = tirx.Shuffle([packed] * BYTE_BITS, spread)
-    own = tirx.bitwise_and(bytes_of, tirx.Shuffle(masks, place))
-    is_set = own != fill(tirx.const(0, "uint8"), _RUN)
-    return tirx.Select(is_set, *(fill(tirx.const(one, "int8"), _RUN) for one in (1, -1)))
+    return T.call_extern(f"int8x{_RUN}", "shiftadd_signs_of", packed)
 
 
-def bits(target: KernelTarget, unit: Callable[[KernelTarget], Unit] = _unit_dot) -> Arithmetic:
-    """Codes of one bit."""
-    return Arithmetic(unit(target), Stored("uint8", _RUN // BYTE_BITS, (_from_bits,)))
+def bits(target: KernelTarget) -> Arithmetic:
+    """Codes of one bit, unpacked in registers on their way to the dot product."""
+    return _decoded(int8_dot(target, largest_weight=1))
 
 
-amx_bits = partial(bits, unit=amx_int8)
+def amx_bits(target: KernelTarget) -> Arithmetic:
+    """The same by tiles."""
+    return _decoded(amx_int8(target))
+
+
+def _decoded(unit: Unit) -> Arithmetic:
+    return Arithmetic(replace(unit, llvm=_LLVM_SIGNS), Stored("uint8", _BYTES, (_from_bits,)))

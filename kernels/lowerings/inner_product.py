@@ -45,7 +45,7 @@ class Unit:
         weights: Type of a vector of ``LANES * group`` weights, as ``multiply`` takes it.
         multiply: ``multiply(sums, x, weights)``: sums and x are ``LANES`` wide; x holds the
             group of one row, as fp32 or as int32 bits, in each lane.
-        llvm: Functions in LLVM's language that ``multiply`` calls.
+        llvm: Functions in LLVM's language that ``multiply`` calls, or what decodes its weights.
         amx: The instruction, where it is one of AMX's; ``multiply`` is then of no use.
     """
 
