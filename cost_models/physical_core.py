@@ -301,7 +301,8 @@ def _grouped(
     # No group straddles two words of a code.
     groups = bits // _WORD_BITS * _ceil(_WORD_BITS, largest) + _ceil(bits % _WORD_BITS, largest)
     rows = groups * 2.0 ** (bits / groups)
-    vectors = _ceil(n, _LANES)
+    # Some CPUs take half of a vector in half of the time.
+    vectors, lanes = _ceil(n, _LANES), n / _LANES
     share = _busiest(b * chunks, machine.units)
     held = rows * n * 4
     additions = b * tokens * groups * vectors * share
@@ -313,8 +314,10 @@ def _grouped(
         "codes": b * tokens * _ceil(bits, _LANES) * share,
         "row_bytes": b * tokens * groups * n * 4 * share,
         "additions": additions,
+        "additions_lanes": b * tokens * groups * lanes * share,
         "additions_l2": additions * _beyond_first(held),
         "buckets": buckets,
+        "buckets_lanes": b * chunks * rows * lanes * share,
         "buckets_l2": buckets * _beyond_first(products * held),
         "chunk_sums": b * (chunks - 1) * bits * vectors,
     } | _values_streamed(sizes, facts, machine)

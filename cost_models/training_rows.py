@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kernels.workload import Workload
@@ -52,7 +52,7 @@ def store_name(location: str) -> str:
     return location.rpartition("/")[2].partition("?")[0]
 
 
-def at_full_clock(row: Measurement, full: float | None) -> Measurement:
+def at_full_clock(row: Measurement, full: Mapping[str, float]) -> Measurement:
     """A row as it would be had the clock not been low.
 
     Neighbours of a virtual machine draw power, and the clock falls by a sixth for seconds or
@@ -63,9 +63,12 @@ def at_full_clock(row: Measurement, full: float | None) -> Measurement:
         row: With a latency.
         full: The device's, from ``profiler.measurement.full_clock``.
     """
-    if full is None or row.clock_rate is None or row.clock_rate >= full:
+    if row.clock is None:
         return row
-    part = row.clock_rate / full
+    loop, rate = row.clock
+    part = rate / full[loop]
+    if part >= 1:
+        return row
     names = ("latency_ms", "latency_low_ms", "latency_high_ms")
     found = {name: getattr(row, name) for name in names}
     return row.model_copy(update={name: ms * part for name, ms in found.items() if ms is not None})

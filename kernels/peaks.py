@@ -67,8 +67,11 @@ def _accumulate(target: KernelTarget, unit: Unit) -> tirx.PrimFunc:
             for i, place in enumerate(places):
                 T.buffer_store(sums, fill(tirx.const(i, unit.total), LANES), [place])
             with T.serial(0, _STEPS) as step:
+                # One address a step: an index of each row's own would take registers from the sums,
+                # which on the stack are slow, and in some processes slower than in others.
+                first = tirx.floormod(step, width // unit.group)
                 for r in range(rows):
-                    group = tirx.floormod(step + r, width // unit.group) * unit.group
+                    group = (first + r) * unit.group
                     inputs = seed[task, at(group, unit.group)]
                     inputs = tirx.reinterpret("int32", inputs) if unit.group > 1 else inputs
                     for v in range(VECTORS):

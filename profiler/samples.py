@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy.special import bdtr
 
 # Name in ``Timing.details`` of the CPU's clock; see ``profiler.clock``.
-CLOCK_RATE = "fma_gmacs_per_s"
+CLOCK_RATE = "clock_gmacs_per_s"
 
 StopReason = Literal["precision", "max_time", "contended", "too short", "failed"]
 

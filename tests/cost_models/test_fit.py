@@ -271,6 +271,20 @@ def test_rows_of_a_shared_core_teach_nothing_where_others_are_enough(measure):
     assert LatencyTable.model_validate_json(slow.model_dump_json()).sha256 == slow.sha256
 
 
+def test_clocks_of_before_are_those_of_a_run(measure):
+    """Whose loop was slower in one process than in another, the CPU's clock being the same."""
+    rows = []
+    for name, rate in (("first", 50.0), ("second", 46.0)):
+        for k in (32, 64, 96, 128):
+            for m in (16, 64):
+                workload = linear("shift_int8", m, k, 32 if name == "first" else 64)
+                row = measure(workload, 1e-6 * workload.macs, details={"fma_gmacs_per_s": rate})
+                rows.append(row.model_copy(update={"run": name}))
+    table, _ = fit(rows, "x")
+    exact = [1e-6 * row.workload.macs for row in rows]
+    assert [entry.latency_ms for entry in table.entries] == pytest.approx(exact)
+
+
 def test_what_was_measured_at_a_low_clock_is_learned_at_the_full_one(measure):
     """The clock falls for two of three figures."""
     rows, i = [], 0

@@ -1,9 +1,14 @@
+import re
 import time
 from functools import partial
 
+import pytest
+
 from kernels.build import build, set_threads
-from kernels.peaks import copied_bytes, peaks
+from kernels.compilation import compile_program
+from kernels.peaks import _UNITS, _accumulate, copied_bytes, peaks
 from kernels.reference import random_operands
+from kernels.targets import cpu_target
 from kernels.workload import linear
 
 
@@ -27,7 +32,18 @@ def test_no_kernel_is_faster_than_the_roof():
         # In turns: the machine may change its clock at any time.
         seconds = [(_seconds(launch), _seconds(roof.launch)) for _ in range(10)]
         ours_s, roof_s = (min(side) for side in zip(*seconds, strict=True))
-        assert 0.05 < (workload.macs / ours_s) / (roof.amount / roof_s) < 1.3, form
+        assert 0.05 < (workload.macs / ours_s) / (roof.amount / roof_s) < 1.1, form
+
+
+@pytest.mark.parametrize("name", ["fma_fp32", "dot_bf16", "dot_int8"])
+def test_the_sums_of_a_roof_stay_in_registers(name):
+    """On the stack they were slower by a sixth, and by how much was an accident of each process."""
+    target = cpu_target("znver4")
+    program = compile_program(_accumulate(target, _UNITS[name](target)), target)
+    lines = program.mod.inspect_source("asm").splitlines()
+    sums = [i for i, line in enumerate(lines) if re.search("vfmadd|vdpbf16ps|vpdpbusd", line)]
+    loop = lines[sums[0] : sums[-1]]
+    assert len(sums) == 28 and not any("rsp" in line for line in loop)
 
 
 def test_a_copy_does_not_fit_the_cache_and_stays_small_beside_the_largest():
