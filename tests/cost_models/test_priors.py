@@ -115,7 +115,9 @@ def test_many_are_answered_as_one(both):
     for i, workload in enumerate(workloads):
         one = model.predict(workload)
         assert many.latency_ms[i] == pytest.approx(one.latency_ms)
-        assert (many.low_ms[i], many.high_ms[i]) == pytest.approx((one.low_ms, one.high_ms))
+        # What is left of the variance is computed in single precision.
+        ends = pytest.approx((one.low_ms, one.high_ms), rel=1e-4)
+        assert (many.low_ms[i], many.high_ms[i]) == ends
         assert many.octaves_outside[i] == pytest.approx(one.octaves_outside)
 
 

@@ -15,6 +15,7 @@ from profiler.samples import TimingSettings
 from reparam import other_runtimes
 from reparam.convert import ConversionError, ReparamConfig, reparameterize_
 from reparam.deploy import deploy
+from reparam.deployed import DeployedAddAttention, DeployedQuadraticCore
 from reparam.deployed_mlps import DeployedMoE
 from reparam.evaluate import app, prepared
 from reparam.moe import moe_layers
@@ -140,10 +141,12 @@ def _computes_the_same(name):
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_whose_attention_cannot_be_linear_is_deployed_with_its_own(capsys):
+def test_attention_that_cannot_be_linear_is_deployed_in_the_quadratic_form(capsys):
     original, deployed_at = prepared("tiny_vit_5m_224")
-    assert "without that: attention: 'add'" in " ".join(capsys.readouterr().out.split())
+    assert "without that" not in capsys.readouterr().out
     assert not list(moe_layers(original))
+    kinds = {type(part) for part in deployed_at(0.25).modules()}
+    assert DeployedQuadraticCore in kinds and DeployedAddAttention not in kinds
     # Its MLPs hold a layer norm: each of their linears is a mixture, with a share too.
     deployed, x = deployed_at(0.25), torch.randn(1, 3, 224, 224, generator=torch.manual_seed(1))
     counts = []
