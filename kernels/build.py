@@ -81,9 +81,9 @@ def _unscheduled(define: Callable[[Workload, KernelTarget], tirx.PrimFunc]) -> C
     return lambda workload, target, schedule: define(workload, target)
 
 
-def _forms(*names: str) -> tuple[str, ...]:
-    """The forms of some products of attention: both alphabets, both types."""
-    return tuple(form for form in FORMS if form.startswith(names))
+def _forms(name: str) -> tuple[str, ...]:
+    """The forms of one product: both alphabets, both types."""
+    return tuple(form for form in FORMS if form.startswith(name))
 
 
 def _panels(form: str) -> Lowering:
@@ -100,7 +100,7 @@ def _amx(*forms: str) -> Lowering:
     return Lowering("llvm", forms, define, space, default, around=AROUND, amx=True)
 
 
-_ATTENTION = _forms("add_kv", "add_qkv", "add_attention")
+_ATTENTION = tuple(name for name, form in FORMS.items() if form["w_layout"] == "kn")
 _GROUPS = (add.schedule_space, add.default_schedule)
 _TILES = (cuda_linear.schedule_space, cuda_linear.default_schedule)
 

@@ -39,18 +39,6 @@ _SHIFT_FLOAT = {
     "exponent_max": 0,
     "w_dtype": "int8",
 }
-# A weight of ±1 is added or taken off, and stored as one bit.
-_ADD_INT = {
-    **_LINEAR,
-    "primitive": "add",
-    "coded": "w",
-    "alphabet": "pm1",
-    "code_bits": 1,
-    "x_dtype": "int8",
-    "w_dtype": "int8",
-    "acc_dtype": "int32",
-    "fused": ("bias", "quantise", "scale"),
-}
 _ADD = {
     "primitive": "add",
     "coded": "x",
@@ -92,7 +80,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "shift_int8_wide": {**_SHIFT_INT, "code_bits": 8, "exponent_min": -13},
     # The same numbers, stored as a sign and three bits of exponent.
     "shift_int4": {**_SHIFT_INT, "code_bits": 4},
-    "add_int8": _ADD_INT,
+    # A weight of ±1 is added or taken off, and stored as one bit.
+    "add_int8": {**_MULT_INT, "primitive": "add", "coded": "w", "alphabet": "pm1", "code_bits": 1},
     "add_kv_pm1": {**_ADD, "x_layout": "km", "alphabet": "pm1"},
     "add_kv_01": {**_ADD, "x_layout": "km", "alphabet": "01"},
     "add_qkv_pm1": {**_ADD, "x_layout": "mk", "alphabet": "pm1"},

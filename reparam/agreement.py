@@ -21,7 +21,7 @@ from reparam.add_attention import AddProducts
 from reparam.data import Data
 from reparam.deploy import deploy
 from reparam.deployed import DeployedAngular, Fused
-from reparam.linear_forms import FormLinear
+from reparam.form_linear import FormLinear
 from reparam.moe import MoEMlp, moe_layers
 from reparam.quadratic_attention import QuadraticCore
 from reparam.results import Agreement

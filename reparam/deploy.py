@@ -23,10 +23,10 @@ from reparam.deployed_mlps import (
     DeployedMlp,
     DeployedMoE,
 )
+from reparam.form_linear import FormLinear
 from reparam.fuse import fuse_
 from reparam.hashing import SignHash
 from reparam.kept_memory import keep_freed_memory
-from reparam.linear_forms import FormLinear
 from reparam.model_structure import does_nothing, is_gelu
 from reparam.moe import MoEMlp
 from reparam.one_thread import torch_on_one_thread_

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import layer_ops, torch_ops
 from kernels.packing import PANEL, LinearParameters, pack_linear
 from reparam.by_images import by_images
-from reparam.quadratic_attention import QuadraticCore, mask_as_bias
+from reparam.quadratic_attention import QuadraticCore
 
 
 class Fused(nn.Module):
@@ -190,26 +190,18 @@ class DeployedAddProducts(nn.Module):
 class DeployedQuadraticCore(QuadraticCore):
     """Quadratic attention on the signs of queries and keys in one kernel, which packs the codes."""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = layer_ops.code_scores(_of_heads(q), _of_heads(k), self.alphabet)
+        return scores.view(*q.shape[:-1], k.shape[-2])
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float
     ) -> Tensor:
-        """As ``QuadraticCore``, but that there is no dropout."""
-        if v is None:
-            scores = layer_ops.code_scores(_of_heads(q), _of_heads(k), self.alphabet)
-            return scores.view(*q.shape[:-1], k.shape[-2])
-        bias = mask_as_bias(attn_mask, is_causal, q, k)
+        """Without dropout, which a deployed model has none of."""
         if bias is not None:
             bias = _of_heads(bias.expand(*q.shape[:-1], k.shape[-2]))
-        out = layer_ops.code_attention(
-            *map(_of_heads, (q, k, v)), bias, self.alphabet, scale or q.shape[-1] ** -0.5
-        )
+        heads = map(_of_heads, (q, k, v))
+        out = layer_ops.code_attention(*heads, bias, self.alphabet, scale)
         return out if q.dim() == 4 else out.reshape(*q.shape[:-1], v.shape[-1])
 
 

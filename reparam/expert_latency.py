@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cost_models.work import Answer, expert_kernels
 from kernels.workload import Workload, attention, linear
 from reparam.add_attention import AddAttention, AddProducts
-from reparam.linear_forms import FormLinear
+from reparam.form_linear import FormLinear
 from reparam.moe import MoEMlp, moe_layers
 from reparam.one_pass import watch_pass
 

@@ -24,14 +24,13 @@ from cost_models.work import expert_kernels, far_counts
 from kernels.workload import Workload
 from reparam.deploy import deploy
 from reparam.expert_latency import Estimate, layer_workloads, undecided
-from reparam.linear_forms import FormLinear
+from reparam.form_linear import FormLinear
 from reparam.moe import MoEMlp, moe_layers
 from reparam.watched_work import work_beside_experts
 
 Schedule = Literal["sequential", "parallel"]
 
 GRID_POINTS = 17
-_LINEARS = FormLinear | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _counts(fqn: str, layer: MoEMlp, tokens: int) -> dict[str, float]:
         "routed": float(tokens * layer.router.gate.in_features),
         "routed_tokens": float(tokens),
     }
-    linears = [part for part in layer.experts.modules() if isinstance(part, _LINEARS)]
+    linears = [part for part in layer.experts.modules() if isinstance(part, FormLinear | nn.Linear)]
     if len(linears) == 2 * len(layer.experts):
         # Between the two linears of an MLP lies its GELU.
         counts["activated"] = float(tokens * linears[0].out_features)

@@ -13,8 +13,6 @@ from reparam.add_linear import ADD_FORMS, AddLinear
 from reparam.mult import MULT_FORMS, MultLinear
 from reparam.shift import SHIFT_FORMS, ShiftLinear, ShiftVariant
 
-# A trainable linear of a form, and the forms that there are.
-FormLinear = ShiftLinear | AddLinear | MultLinear
 LINEAR_FORMS = (*MULT_FORMS, *SHIFT_FORMS, *ADD_FORMS)
 
 ActivationClip = Literal["none", "calibrated", "learned"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from reparam.add_attention import AddAttention
 from reparam.coded_attention import CodedAttention
-from reparam.linear_forms import FormLinear
+from reparam.form_linear import FormLinear
 from reparam.moe import MoEMlp
 from reparam.pointwise import is_pointwise
 

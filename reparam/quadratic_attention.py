@@ -46,7 +46,7 @@ class CodeScores(nn.Module):
         return f"alphabet={self.alphabet}"
 
 
-def mask_as_bias(attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
+def _mask_as_bias(attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
     """What a mask of ``scaled_dot_product_attention`` adds to the scores; None without one.
 
     Args:
@@ -124,11 +124,14 @@ class QuadraticCore(nn.Module):
         """As ``scaled_dot_product_attention``; the scores as they are where there are no values."""
         if v is None:
             return self._scores(q, k)
-        if self.similarity == "angular":
-            scores = self._log_shares(q, k)
-        else:
-            scores = self._scores(q, k) * (scale or q.shape[-1] ** -0.5)
-        bias = mask_as_bias(attn_mask, is_causal, q, k)
+        bias = _mask_as_bias(attn_mask, is_causal, q, k)
+        return self._attended(q, k, v, bias, scale or q.shape[-1] ** -0.5, dropout_p)
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout_p: float
+    ) -> Tensor:
+        angular = self.similarity == "angular"
+        scores = self._log_shares(q, k) if angular else self._scores(q, k) * scale
         scores = scores if bias is None else scores + bias
         return F.dropout(scores.softmax(dim=-1), dropout_p, training=dropout_p > 0) @ v
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.forms import FORMS
-from kernels.packing import LinearParameters, nearest_pow2
-from reparam.fake_quantise import check_form, coded, exported, linear_as_deployed, straight_through
+from kernels.packing import nearest_pow2
+from reparam.fake_quantise import coded, straight_through
+from reparam.form_linear import FormLinear, copied
 
 SHIFT_FORMS = tuple(name for name, form in FORMS.items() if form["primitive"] == "shift")
 
@@ -32,7 +33,7 @@ def exponent_range(form: str, bits: int | None = None) -> tuple[int, int]:
     return (low if bits is None else max(low, high + 1 - 2 ** (bits - 1))), high
 
 
-class ShiftLinear(nn.Module):
+class ShiftLinear(FormLinear):
     """Linear with ``W = ±2^p · scale``, trained so that it can be exported without loss.
 
     Variant Q keeps a float weight and rounds it on the fly. Variant PS learns the exponent ``s``
@@ -54,6 +55,8 @@ class ShiftLinear(nn.Module):
         DeepShift, arXiv 1905.13298; the scale per channel is ours.
     """
 
+    FORMS = SHIFT_FORMS
+
     weight: nn.Parameter
     exponent: nn.Parameter
     sign: nn.Parameter
@@ -67,12 +70,10 @@ class ShiftLinear(nn.Module):
         variant: ShiftVariant = "Q",
         bits: int | None = None,
     ) -> None:
-        super().__init__()
-        check_form(form, SHIFT_FORMS)
+        super().__init__(weight, form)
         if variant not in ("Q", "PS"):
             raise ValueError(f"variant: {variant!r} is not one of Q, PS")
-        self.form, self.variant = form, variant
-        self.out_features, self.in_features = weight.shape
+        self.variant = variant
         self.exponent_min, self.exponent_max = exponent_range(form, bits)
         weight = weight.detach().clone()
         if variant == "Q":
@@ -82,18 +83,7 @@ class ShiftLinear(nn.Module):
             self.exponent = nn.Parameter(torch.log2(values.abs()))
             self.sign = nn.Parameter(torch.sign(values))
             self.register_buffer("scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        form: str,
-        variant: ShiftVariant = "Q",
-        bits: int | None = None,
-    ) -> ShiftLinear:
-        """A shift linear that starts from a linear's weight and bias."""
-        return cls(linear.weight, linear.bias, form, variant, bits)
+        self.bias = copied(bias)
 
     def values_and_scale(self) -> tuple[Tensor, Tensor]:
         """The weight as values ±2^p ``(n, k)``, with gradient, and scale ``(n,)``."""
@@ -105,16 +95,7 @@ class ShiftLinear(nn.Module):
         magnitude = torch.exp2(straight_through(self.exponent, whole))
         return magnitude * straight_through(self.sign, sign), self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """fp32 ``(..., k)`` to ``(..., n)``."""
-        values, scale = self.values_and_scale()
-        return linear_as_deployed(self.form, x, values, scale, self.bias)
-
-    def export(self) -> LinearParameters:
-        """The parameters as the kernels take them."""
-        return exported(self.form, *self.values_and_scale(), self.bias)
-
     def extra_repr(self) -> str:
         """Sizes, form, variant and range of the exponent."""
-        sizes = f"{self.in_features}, {self.out_features}, form={self.form}"
-        return f"{sizes}, variant={self.variant}, p={self.exponent_min}..{self.exponent_max}"
+        exponents = f"p={self.exponent_min}..{self.exponent_max}"
+        return f"{super().extra_repr()}, variant={self.variant}, {exponents}"

@@ -116,7 +116,7 @@ def test_many_are_answered_as_one(both):
         one = model.predict(workload)
         assert many.latency_ms[i] == pytest.approx(one.latency_ms)
         # What is left of the variance is computed in single precision.
-        ends = pytest.approx((one.low_ms, one.high_ms), rel=1e-4)
+        ends = pytest.approx((one.low_ms, one.high_ms), rel=1e-5)
         assert (many.low_ms[i], many.high_ms[i]) == ends
         assert many.octaves_outside[i] == pytest.approx(one.octaves_outside)
 
