@@ -145,10 +145,10 @@ def test_attention_that_cannot_be_linear_is_deployed_in_the_quadratic_form(capsy
     original, deployed_at = prepared("tiny_vit_5m_224")
     assert "without that" not in capsys.readouterr().out
     assert not list(moe_layers(original))
-    kinds = {type(part) for part in deployed_at(0.25).modules()}
-    assert DeployedQuadraticCore in kinds and DeployedAddAttention not in kinds
     # Its MLPs hold a layer norm: each of their linears is a mixture, with a share too.
     deployed, x = deployed_at(0.25), torch.randn(1, 3, 224, 224, generator=torch.manual_seed(1))
+    kinds = {type(part) for part in deployed.modules()}
+    assert DeployedQuadraticCore in kinds and DeployedAddAttention not in kinds
     counts = []
 
     def count(layer, args):
