@@ -116,7 +116,10 @@ class PhysicalCore(BaseModel):
             KeyError: On a cost of a term that the core does not count.
         """
         terms = CORES[self.name](sizes, facts, self.machine)
-        return sum(cost * terms[name] for name, cost in self.costs_ms.items())
+        latency_ms: Numbers = 0.0
+        for name, cost in self.costs_ms.items():
+            latency_ms = latency_ms + cost * terms[name]
+        return latency_ms
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,8 @@ class _Process:
         factor: Variance times the inverse of the Cholesky factor of their covariance, for
             correlations as well. In single precision, half as much to read at each lookup: what
             it explains is only an interval's variance.
-        distances: ``distances @ (1, x · x, x)`` are five times the squared distances of a point.
+        distances: ``distances @ (1, x · x, x)`` are five times the squared distances of a point,
+            and behind them a third of those and one.
     """
 
     columns: NDArray[np.int64]
@@ -263,7 +267,9 @@ class FittedModel(BaseModel):
         # Of a file that is none of ours they may overflow: then nothing usable comes out.
         with np.errstate(over="ignore", invalid="ignore"):
             norms = (points**2).sum(axis=1)[:, None]
-            distances = 5 * np.hstack((norms, np.ones_like(norms), -2 * points))
+            squared = 5 * np.hstack((norms, np.ones_like(norms), -2 * points))
+            distances = np.vstack((squared, squared / 3))
+            distances[len(points) :, 0] += 1
             weights, factor = self.variance * weights, (self.variance * factor).astype(np.float32)
         return _Process(columns, scales, points, weights, factor, distances)
 
@@ -293,7 +299,8 @@ class FittedModel(BaseModel):
             variance += left
         outside = 0.0
         for value, (low, high) in zip(logs, self._limits):
-            outside = max(outside, low - value, value - high)
+            if not low <= value <= high:
+                outside = max(outside, low - value, value - high)
         outside = outside if outside > _HULL_TOLERANCE else 0.0
         return latency_ms, self.interval_width * math.sqrt(variance), outside
 
@@ -304,18 +311,20 @@ class FittedModel(BaseModel):
         """
         process = self._process
         point = [logs[column] / scale for column, scale in self._scaled]
-        against = np.array([1.0, sum(x * x for x in point), *point])
-        squared = process.distances @ against
-        np.maximum(squared, 0, out=squared)
-        distance = np.sqrt(squared)
-        squared /= 3
-        squared += distance
-        squared += 1
-        np.negative(distance, out=distance)
-        squared *= np.exp(distance, out=distance)
-        explained = process.factor @ squared.astype(np.float32)
-        left = max(0.0, self.variance - float(explained @ explained))
-        return float(process.weights @ squared), left
+        norm = 0.0
+        for x in point:
+            norm += x * x
+        both = process.distances.dot(np.array([1.0, norm, *point]))
+        rows = len(process.weights)
+        distance, correlation = both[:rows], both[rows:]
+        # Of a point upon a training shape, rounding may have left less than nothing.
+        np.sqrt(np.abs(distance, distance), distance)
+        np.add(correlation, distance, correlation)
+        np.exp(np.negative(distance, distance), distance)
+        np.multiply(correlation, distance, correlation)
+        explained = process.factor.dot(correlation.astype(np.float32))
+        left = max(0.0, self.variance - float(explained.dot(explained)))
+        return float(process.weights.dot(correlation)), left
 
     def predict_many(self, workloads: Sequence[Workload] | Sizes) -> Predictions:
         """What ``predict`` says of each, without a loop: a sweep of shapes, or arrays of sizes."""

@@ -6,7 +6,8 @@ against another, not for absolute joules. Wherever one is shown it is labelled "
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from typing import NamedTuple
 
 from kernels.workload import Workload
 
@@ -46,8 +47,7 @@ class UnknownOperation(ValueError):
     """A workload whose operations have no published energy."""
 
 
-@dataclass(frozen=True)
-class OperationEnergy:
+class OperationEnergy(NamedTuple):
     """Modelled energy of one launch.
 
     Attributes:
@@ -64,10 +64,28 @@ class OperationEnergy:
         return self.compute_mj + self.memory_mj
 
 
-def _per_product_pj(workload: Workload) -> float:
-    if workload.primitive == "add":
-        return 0.0
-    return UNIT_ENERGY_PJ[f"{workload.primitive}_{workload.x_dtype}"]
+class _Prices(NamedTuple):
+    """Energies in pJ of a multiply-accumulate, and of what is done to an element beside."""
+
+    mac: float
+    output: float
+    input: float
+
+
+@functools.cache
+def _prices(primitive: str, x_dtype: str, acc_dtype: str, fused: tuple[str, ...]) -> _Prices:
+    """By what of a workload they depend on: a lookup asks for each shape.
+
+    Raises:
+        KeyError: On a type whose operations have no published energy.
+    """
+    product = UNIT_ENERGY_PJ[f"{primitive}_{x_dtype}"] if primitive != "add" else 0.0
+    add, mult = UNIT_ENERGY_PJ["add_float32"], UNIT_ENERGY_PJ["mult_float32"]
+    return _Prices(
+        mac=product + UNIT_ENERGY_PJ[f"add_{acc_dtype}"],
+        output=add * ("bias" in fused) + mult * ("scale" in fused),
+        input=mult * ("quantise" in fused),
+    )
 
 
 def operation_energy(workload: Workload) -> OperationEnergy:
@@ -81,17 +99,13 @@ def operation_energy(workload: Workload) -> OperationEnergy:
     Raises:
         UnknownOperation: On a type whose operations have no published energy.
     """
-    outputs = workload.b * workload.m * workload.n
-    inputs = workload.b * workload.m * workload.k
+    kind = (workload.primitive, workload.x_dtype, workload.acc_dtype, workload.fused)
     try:
-        per_mac = _per_product_pj(workload) + UNIT_ENERGY_PJ[f"add_{workload.acc_dtype}"]
+        prices = _prices(*kind)
     except KeyError as error:
         raise UnknownOperation(f"{workload.label}: no unit energy is known for {error}") from error
-    fused = {
-        "bias": outputs * UNIT_ENERGY_PJ["add_float32"],
-        "scale": outputs * UNIT_ENERGY_PJ["mult_float32"],
-        "quantise": inputs * UNIT_ENERGY_PJ["mult_float32"],
-    }
-    compute_pj = workload.macs * per_mac + sum(fused.get(name, 0.0) for name in workload.fused)
+    rows = workload.b * workload.m
+    beside_pj = rows * (workload.n * prices.output + workload.k * prices.input)
     memory_pj = workload.traffic_bytes * (DRAM_PJ_PER_BYTE + SRAM_PJ_PER_BYTE)
+    compute_pj = workload.macs * prices.mac + beside_pj
     return OperationEnergy(compute_pj * MJ_PER_PJ, memory_pj * MJ_PER_PJ)

@@ -132,18 +132,23 @@ def _most(value: Numbers, other: Numbers) -> Numbers:
     return (value + other + abs(value - other)) / 2
 
 
+def _within_one(share: Numbers) -> Numbers:
+    """A share, 0 below nothing and 1 above all: in few steps, a lookup takes ten of them."""
+    share = share * (share > 0)
+    return share + (share > 1) * (1 - share)
+
+
 def _beyond(held: Numbers, level: float) -> Numbers:
     """Share of accesses to ``held`` bytes that miss a cache of ``level`` bytes, 0 to 1.
 
     Nothing misses below half of the level: a cost must not be fitted on traces of a share.
     """
-    above = _most(held / level - 0.5, 0.0)
-    return _least(above / 1.5, 1.0)
+    return _within_one((held / level - 0.5) / 1.5)
 
 
 def _beyond_first(held: Numbers) -> Numbers:
     """The same of rows at random in a first level of 32 to 48 KiB: sooner and all at once."""
-    return _least(_most(held / _FIRST_LEVEL - 0.6, 0.0) / 0.8, 1.0)
+    return _within_one((held / _FIRST_LEVEL - 0.6) / 0.8)
 
 
 def _busiest(tasks: Numbers, units: int) -> Numbers:
@@ -182,6 +187,7 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     # Kept hot or streamed past: a panel by the tiles of its rows, all weights by each row tile.
     again = tiles * weights * share
     reused = outer * panel + (1 - outer) * weights
+    streamed_rows = outer * prepared * panels * share
     terms |= {
         "tiles": cuts * panels * share,
         "row_panels": m * vectors * share,
@@ -189,12 +195,13 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
         "weights_l2": again * _beyond(reused, L1_BYTES),
         "weights_l3": (outer * blocks + (1 - outer)) * weights * _beyond(weights, machine.l2_bytes),
         "weights_memory": blocks * weights * _beyond(weights, machine.l3_bytes),
-        "rows_l2": outer * prepared * panels * share * _beyond(held, L1_BYTES),
-        "rows_l3": outer * prepared * panels * share * _beyond(held, machine.l2_bytes),
-        "rows_memory": outer * prepared * panels * share * _beyond(held, machine.l3_bytes),
+        "rows_l2": streamed_rows * _beyond(held, L1_BYTES),
+        "rows_l3": streamed_rows * _beyond(held, machine.l2_bytes),
+        "rows_memory": streamed_rows * _beyond(held, machine.l3_bytes),
     }
     if facts.prepares:
-        terms |= {"prepared": m * k * _busiest(m, units), "prepared_rows": m * _busiest(m, units)}
+        prepared_rows = m * _busiest(m, units)
+        terms |= {"prepared": prepared_rows * k, "prepared_rows": prepared_rows}
     return terms | _streamed(sizes, facts, machine)
 
 
@@ -265,13 +272,14 @@ def _streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     x, out = b * m * k * facts.x_bytes, b * m * n * facts.out_bytes
     # Rows that begin within a cache line: their vectors lie in two.
     split = (n % _LANES != 0) * out
+    l3, memory = _beyond(total, machine.l2_bytes), _beyond(total, machine.l3_bytes)
     return {
         "split": split,
-        "split_l3": split * _beyond(total, machine.l2_bytes),
-        "x_l3": x * _beyond(total, machine.l2_bytes),
-        "x_memory": x * _beyond(total, machine.l3_bytes),
-        "out_l3": out * _beyond(total, machine.l2_bytes),
-        "out_memory": out * _beyond(total, machine.l3_bytes),
+        "split_l3": split * l3,
+        "x_l3": x * l3,
+        "x_memory": x * memory,
+        "out_l3": out * l3,
+        "out_memory": out * memory,
     }
 
 

@@ -156,11 +156,13 @@ def speed_lines(table: LatencyTable, rows: int, fit_s: float) -> list[str]:
     many_s = time.perf_counter() - start
     known = next(e.workload for e in table.entries if e.workload.form == model.form)
     shapes = [known.with_sizes(m=1000 + i) for i in range(200)]
+    index_us = _each_us(table, [known.with_sizes(m=999)], model.lowering)
     first_us = _each_us(table, shapes, model.lowering)
     again_us = _each_us(table, shapes, model.lowering)
     return [
         f"fitting {rows} rows: {fit_s:.1f} s ({2000 * fit_s / max(1, rows):.0f} s for 2,000)",
-        f"lookup: {first_us:.1f} µs for a shape that was never asked for, {again_us:.1f} µs again",
+        f"lookup: {first_us:.1f} µs for a shape that was never asked for, {again_us:.1f} µs again;"
+        f" the first of a table {index_us / 1000:.1f} ms",
         f"{_MANY} predictions of {model.form} {model.lowering} ({len(model.points)} training rows)"
         f": {many_s:.2f} s",
     ]
