@@ -27,7 +27,8 @@ from cost_models.features import (
     points_of,
     sizes_of,
 )
-from cost_models.physical_core import CORES, Machine
+from cost_models.machine import Machine
+from cost_models.physical_core import CORES
 from kernels.forms import FORMS
 from kernels.workload import Workload
 
@@ -82,7 +83,7 @@ class PhysicalCore(BaseModel):
 
     Attributes:
         name: In CORES.
-        units, tile_rows, tile_columns, l2_bytes, l3_bytes: As in ``physical_core.Machine``.
+        units, tile_rows, tile_columns, l2_bytes, l3_bytes: As in ``machine.Machine``.
         costs_ms: Cost of one piece of each term; terms that cost nothing are left out.
     """
 
@@ -221,7 +222,10 @@ class FittedModel(BaseModel):
         try:
             self.core.latency_ms(Sizes(1.0, 1.0, 1.0, 1.0), self._facts)
         except KeyError as error:
-            raise ValueError(f"core.costs_ms: {error} is no term of {self.core.name}") from error
+            raise ValueError(
+                f"core.costs_ms: {error} is no term of {self.core.name}; fitted by another version?"
+                " Run `python -m cost_models.fit` on the store again"
+            ) from error
         try:
             usable = bool(np.isfinite(self._process.weights).all())
         except np.linalg.LinAlgError:

@@ -32,7 +32,8 @@ from cost_models.features import (
     sizes_of,
 )
 from cost_models.fitted_model import FittedModel, PhysicalCore, Predictions, changed
-from cost_models.physical_core import CORES, Machine, cores_for, machines
+from cost_models.machine import Machine, machines
+from cost_models.physical_core import CORES, cores_for
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
 

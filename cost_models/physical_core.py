@@ -8,28 +8,15 @@ where every count rises. All is plain arithmetic on numbers or arrays (``feature
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from cost_models.features import (
-    FormFacts,
-    Numbers,
-    Sizes,
-    parallel_units,
-    traffic_bytes,
-    weight_bytes,
-)
+from cost_models.features import FormFacts, Numbers, Sizes, traffic_bytes, weight_bytes
+from cost_models.machine import PANEL, Machine
 from profiler.device import DeviceInfo
 
-# Of x86 and Arm cores of today, where a device says nothing.
 L1_BYTES = 32 * 2**10
-L2_BYTES = 2**20
-LAST_LEVEL_BYTES = 32 * 2**20
 
-# Of our CPU schedules: output channels of a panel, lanes of a vector, and rows of whole panels of
-# which half panels are summed where fewer fit the registers.
-_PANEL = 32
+# Of our CPU schedules: lanes of a vector.
 _LANES = 16
-_FEW_ROWS = 4
 # Above this many bytes of weights a panel is kept hot and the rows are streamed past it; as many
 # bytes of rows are prepared at a time.
 _STREAM_BYTES = 512 * 2**10
@@ -39,6 +26,8 @@ _LONG_TOKENS = 512
 _WORD_BITS = 32
 _CHUNK_TOKENS = 1024
 _MOST_CHUNKS = 16
+# Two lines of a cache: that many bytes of a token come from memory before they are asked for.
+_AHEAD_BYTES = 128
 # Of AMX: rows of a tile and of a block whose sums the registers hold, bytes of k that one product
 # consumes, blocks and panels of a task, and weights that few rows are multiplied with at a time.
 _AMX_ROWS, _AMX_BLOCK = 16, 32
@@ -49,74 +38,7 @@ _PAGE_BYTES = 4096
 _FIRST_LEVEL = 48 * 2**10
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What of a device the counts depend on.
-
-    Attributes:
-        units: Threads or multiprocessors that share the tiles.
-        tile_rows, tile_columns: Output that one of them computes at a time.
-        l2_bytes, l3_bytes: Where the second and the last level of the caches end.
-    """
-
-    units: int = 1
-    tile_rows: int = 1
-    tile_columns: int = 1
-    l2_bytes: int = L2_BYTES
-    l3_bytes: int = LAST_LEVEL_BYTES
-
-
 Terms = dict[str, Numbers]
-
-
-def panel_rows(device: DeviceInfo, facts: FormFacts) -> int:
-    """Rows of a tile of our linear kernels on a CPU: half of what its vector registers hold.
-
-    All but one where weights are decoded in fp32, once for all rows of a tile; and where there are
-    few registers, those that fit with half a panel, but for int8 weights.
-
-    Source: ``kernels.lowerings.panel_gemm.default_tile_rows``.
-    """
-    flags = device.isa.split()
-    registers = 32 if {"avx512f", "asimd"} & set(flags) else 16
-    lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
-
-    def fit(a_row: int) -> int:
-        return max(1, (registers - a_row - 2) // a_row)
-
-    largest, of_half_panels = fit(_PANEL // lanes), fit(_PANEL // lanes // 2)
-    if largest < _FEW_ROWS:
-        if facts.x_dtype_bytes == 1 and not facts.decodes:
-            return largest
-        return of_half_panels if facts.x_dtype_bytes == 4 else max(1, of_half_panels * 2 // 3)
-    half = max(largest // 2, min(largest, 4))
-    return max(half, largest - 1) if facts.decodes and facts.x_dtype_bytes == 4 else half
-
-
-def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, ...]:
-    """Machines to choose from by cross-validation for a core on a device."""
-    units = parallel_units(device)
-    last_level = device.last_level_cache_bytes or LAST_LEVEL_BYTES
-    # A virtual machine shares the last level with others and sees but a part of it.
-    seen = (LAST_LEVEL_BYTES, 3 * LAST_LEVEL_BYTES // 2)
-    shares = {last_level, last_level // 4, *(min(last_level, size) for size in seen)}
-    levels = tuple((l2, l3) for l3 in sorted(shares) for l2 in _L2_LEVELS)
-    if core == "panels":
-        rows = panel_rows(device, facts)
-        return tuple(Machine(units, rows, _PANEL, *level) for level in levels)
-    if core in ("amx", "groups", "chunks"):
-        return tuple(Machine(units, 1, 1, *level) for level in levels)
-    return tuple(
-        Machine(shared, *tile, l3_bytes=last_level)
-        for tile in _TILES
-        for shared in sorted({1, units})
-    )
-
-
-# Of x86 server cores 1 to 2 MiB, and some of it is the other thread's.
-_L2_LEVELS = (L2_BYTES, 3 * L2_BYTES // 2, 2 * L2_BYTES)
-# Output tiles to choose from, (rows, columns): none, our schedules', the rival libraries'.
-_TILES = ((1, 1), (16, 32), (32, 32), (64, 64), (128, 64), (128, 128))
 
 
 def _ceil(value: Numbers, step: int) -> Numbers:
@@ -146,6 +68,14 @@ def _beyond(held: Numbers, level: float) -> Numbers:
     return _within_one((held / level - 0.5) / 1.5)
 
 
+def _beyond_in_turns(held: Numbers, level: float) -> Numbers:
+    """The same of bytes that each launch touches once, in turns: sooner all of them miss.
+
+    What is least recently used is replaced first, and is just what is needed next.
+    """
+    return _within_one((held / level - 0.75) / 0.75)
+
+
 def _beyond_first(held: Numbers) -> Numbers:
     """The same of rows at random in a first level of 32 to 48 KiB: sooner and all at once."""
     return _within_one((held / _FIRST_LEVEL - 0.6) / 0.8)
@@ -163,7 +93,7 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     """
     _, m, k, n = sizes
     rows, units = machine.tile_rows, machine.units
-    panels = _ceil(n, _PANEL)
+    panels = _ceil(n, PANEL)
     # Where no channel of a panel's second vector exists, the compiler leaves it out.
     vectors = panels * (1 - 0.5 * (n <= _LANES))
     steps = vectors * _ceil(k, round(4 / facts.x_dtype_bytes))
@@ -212,7 +142,7 @@ def _amx(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     """
     _, m, k, n = sizes
     units = machine.units
-    panels, weights = _ceil(n, _PANEL), weight_bytes(sizes, facts)
+    panels, weights = _ceil(n, PANEL), weight_bytes(sizes, facts)
     task_rows, groups = amx_tasks(n, weights, facts)
     row_tasks = _ceil(m, task_rows)
     vectors = panels * (1 - 0.5 * (n <= _LANES))
@@ -257,7 +187,7 @@ def amx_tasks(n: Numbers, weights: Numbers, facts: FormFacts) -> tuple[Numbers, 
         weights: Bytes of them.
         facts: Of the form.
     """
-    panels = _ceil(n, _PANEL)
+    panels = _ceil(n, PANEL)
     few = _most(_least(_AMX_PANELS // panels, _AMX_BLOCKS), 1)
     many = (weights > _AMX_RESIDENT_BYTES) | (facts.w_bytes < 1)
     blocks = few + (_AMX_BLOCKS - few) * many
@@ -272,14 +202,15 @@ def _streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     x, out = b * m * k * facts.x_bytes, b * m * n * facts.out_bytes
     # Rows that begin within a cache line: their vectors lie in two.
     split = (n % _LANES != 0) * out
-    l3, memory = _beyond(total, machine.l2_bytes), _beyond(total, machine.l3_bytes)
+    l3 = _beyond_in_turns(total, machine.l2_bytes)
+    memory = _beyond_in_turns(total, machine.l3_bytes)
     return {
         "split": split,
-        "split_l3": split * l3,
-        "x_l3": x * l3,
-        "x_memory": x * memory,
-        "out_l3": out * l3,
-        "out_memory": out * memory,
+        "split_to_l3": split * l3,
+        "x_from_l3": x * l3,
+        "x_from_memory": x * memory,
+        "out_to_l3": out * l3,
+        "out_to_memory": out * memory,
     }
 
 
@@ -328,14 +259,22 @@ def _grouped(
         "buckets_lanes": b * chunks * rows * lanes * share,
         "buckets_l2": buckets * _beyond_first(products * held),
         "chunk_sums": b * (chunks - 1) * bits * vectors,
-    } | _values_streamed(sizes, facts, machine)
+    } | _attention_streamed(sizes, facts, machine)
 
 
-def _values_streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+def _attention_streamed(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
+    """Queries, keys, values and result, each touched once.
+
+    A core asks for the rows of the next tokens while it adds: some bytes of each cost no waiting.
+    """
     total = traffic_bytes(sizes, facts)
+    tokens = sizes.b * (sizes.k if facts.kind == "kv" else sizes.m)
+    l3 = _beyond_in_turns(total, machine.l2_bytes)
+    memory = _beyond_in_turns(total, machine.l3_bytes)
     return {
-        "bytes_l3": total * _beyond(total, machine.l2_bytes),
-        "bytes_memory": total * _beyond(total, machine.l3_bytes),
+        "streamed_l3": total * l3,
+        "streamed_memory": total * memory,
+        "waited_memory": _most(total - tokens * _AHEAD_BYTES, 0.0) * memory,
     }
 
 
@@ -348,13 +287,16 @@ def _tiles(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     rows, columns = _ceil(m, machine.tile_rows), _ceil(n, machine.tile_columns)
     waves = _ceil(b * rows * columns, machine.units)
     area = machine.tile_rows * machine.tile_columns * facts.products
+    total = traffic_bytes(sizes, facts)
     return {
         "launch": 1.0 + 0 * m,
         "macs": waves * area * k,
         "waves": waves,
         "outputs": b * m * n,
-        "bytes": traffic_bytes(sizes, facts),
-    } | _values_streamed(sizes, facts, machine)
+        "bytes": total,
+        "bytes_l3": total * _beyond(total, machine.l2_bytes),
+        "bytes_memory": total * _beyond(total, machine.l3_bytes),
+    }
 
 
 CORES: dict[str, Callable[[Sizes, FormFacts, Machine], Terms]] = {

@@ -28,8 +28,9 @@ from cost_models.features import (
     sizes_of,
 )
 from cost_models.fitted_model import FittedModel, PhysicalCore, Predictions, changed
+from cost_models.machine import Machine, panel_rows
 from cost_models.models import folds_of, interval_width
-from cost_models.physical_core import CORES, Machine, panel_rows
+from cost_models.physical_core import CORES
 from kernels.workload import Workload
 from profiler.device import DeviceInfo
 

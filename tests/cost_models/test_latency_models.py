@@ -13,15 +13,9 @@ from cost_models.features import (
     sizes_of,
 )
 from cost_models.fitted_model import PhysicalCore
+from cost_models.machine import Machine, machines, panel_rows
 from cost_models.models import LearnedLatency, fit_core
-from cost_models.physical_core import (
-    CORES,
-    Machine,
-    amx_tasks,
-    cores_for,
-    machines,
-    panel_rows,
-)
+from cost_models.physical_core import CORES, amx_tasks, cores_for
 from cost_models.rivals import FlopsProportional, NearestNeighbour, Roofline
 from kernels.forms import FORMS
 from kernels.lowerings import panel_gemm

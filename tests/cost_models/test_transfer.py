@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from cost_models.features import form_facts
+from cost_models.machine import Machine
 from cost_models.models import LearnedLatency
-from cost_models.physical_core import Machine
 from cost_models.rivals import RIVALS
 from cost_models.transfer import TransferredLatency, choose_rows, machine_on, resource_of
 from kernels.workload import linear
@@ -70,7 +70,7 @@ def test_the_other_device_cuts_its_own_tiles(source):
 def test_resources():
     assert resource_of("launch") == "launch"
     assert resource_of("rows_memory") == "memory"
-    assert resource_of("weights_l2") == resource_of("x_l3") == "caches"
+    assert resource_of("weights_l2") == resource_of("x_from_l3") == "caches"
     assert resource_of("row_steps") == "compute"
 
 
