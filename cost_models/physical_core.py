@@ -94,8 +94,8 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     _, m, k, n = sizes
     rows, units = machine.tile_rows, machine.units
     panels = _ceil(n, PANEL)
-    # Where no channel of a panel's second vector exists, the compiler leaves it out.
-    vectors = panels * (1 - 0.5 * (n <= _LANES))
+    # Of the last panel only the vectors that any channel is in.
+    vectors = _ceil(n, _LANES) / 2
     steps = vectors * _ceil(k, round(4 / facts.x_dtype_bytes))
     tiles = _ceil(m, rows)
     share = _busiest(tiles * panels, units)

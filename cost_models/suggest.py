@@ -52,7 +52,7 @@ Group = LinearGroup | AttentionGroup
 _ATTENTION_FORM = "add_attention_pm1"
 # The first design: token counts of so many widths, and of the pairs of code and value widths.
 DESIGN_LINEARS = 64
-DESIGN_ATTENTIONS = 15
+DESIGN_ATTENTIONS = 25
 # Groups to choose from in a round.
 _POOL_LINEARS = 192
 _POOL_ATTENTIONS = 25

@@ -11,6 +11,7 @@ from profiler.samples import Timing
 # pytest-xdist. Other tests measure too, but what they ask holds on a busy machine as well.
 ALONE = (
     "bench",
+    "kernels/test_last_panel.py",
     "kernels/test_peaks.py",
     "profiler/test_contention.py",
     "profiler/test_noise.py",

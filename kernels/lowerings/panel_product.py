@@ -136,6 +136,11 @@ class PanelProduct:
         return -(-self.n // PANEL)
 
     @property
+    def last_vectors(self) -> int:
+        """Of the last panel, those that any output is in."""
+        return -(-(self.n - (self.panels - 1) * PANEL) // LANES)
+
+    @property
     def padded_k(self) -> int:
         """Inputs in whole groups."""
         return self.steps * self.unit.group
@@ -161,7 +166,7 @@ class PanelProduct:
             r: Which of them.
         """
         done, vectors = local(PANEL), []
-        for v in range(VECTORS):
+        for v in range(len(sums[0])):
             channel = at(panel * PANEL + v * LANES, LANES)
             value = self._joined([plane[v] for plane in sums], channel)
             if rows.scale is not None:
@@ -201,7 +206,7 @@ def store_row(out: Any, residual: Any, row: Any, panel: Any, n: int, vectors: li
         row: Of both.
         panel: Which one.
         n: Outputs.
-        vectors: Of ``PanelProduct.row``.
+        vectors: Of ``PanelProduct.row``; of the last panel perhaps only those with outputs.
     """
 
     def store(value: Any, offset: int, lanes: int) -> None:
@@ -224,7 +229,7 @@ def store_row(out: Any, residual: Any, row: Any, panel: Any, n: int, vectors: li
 
     if n % PANEL == 0:
         whole()
-    elif n < PANEL:
+    elif n < PANEL or len(vectors) < VECTORS:
         cut()
     else:
         with T.If((panel + 1) * PANEL <= n):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import tvm.script.ir_builder.tirx as T
+
 from kernels.lowerings import amx, register_tiles
-from kernels.lowerings.panel_product import PanelProduct, Rows
+from kernels.lowerings.panel_product import VECTORS, PanelProduct, Rows
 
 
 def workspace(products: Collection[PanelProduct]) -> amx.Workspace:
@@ -43,5 +45,13 @@ def multiply(
     """
     if product.unit.amx:
         amx.multiply(product, memory, rows, panel, finish)
-    else:
-        register_tiles.multiply(product, rows, panel, finish)
+        return
+    last = product.last_vectors
+    if product.panels == 1 or last == VECTORS:
+        register_tiles.multiply(product, rows, panel, last, finish)
+        return
+    with T.If(panel < product.panels - 1):
+        with T.Then():
+            register_tiles.multiply(product, rows, panel, VECTORS, finish)
+        with T.Else():
+            register_tiles.multiply(product, rows, panel, last, finish)

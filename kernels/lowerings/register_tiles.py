@@ -26,7 +26,11 @@ def largest_tile_rows(target: KernelTarget, vectors: int = VECTORS) -> int:
 
 
 def multiply(
-    product: PanelProduct, rows: Rows, panel: Any, finish: Callable[[Any, list[Any]], None]
+    product: PanelProduct,
+    rows: Rows,
+    panel: Any,
+    vectors: int,
+    finish: Callable[[Any, list[Any]], None],
 ) -> None:
     """Calls ``finish(row, vectors)`` for each row; fewer than a whole tile are cut into blocks.
 
@@ -34,12 +38,13 @@ def multiply(
         product: Whose unit works on vectors.
         rows: Their tile has as many as the registers hold sums of.
         panel: Which one.
+        vectors: How many of the panel's, from the first.
         finish: Writes the results of a row, counted from the first.
     """
 
     def tile(count: int, start: Any) -> None:
         planes = [
-            _sums(product, rows, start, count, panel, plane)
+            _sums(product, rows, start, count, panel, vectors, plane)
             for plane in range(len(product.stored.planes))
         ]
         for r in range(count):
@@ -63,7 +68,13 @@ def multiply(
 
 
 def _sums(
-    product: PanelProduct, rows: Rows, start: Any, count: int, panel: Any, plane: int
+    product: PanelProduct,
+    rows: Rows,
+    start: Any,
+    count: int,
+    panel: Any,
+    vectors: int,
+    plane: int,
 ) -> list[list[Any]]:
     """A tile's sums by row and vector; a vector of weights is loaded once for all rows.
 
@@ -72,23 +83,23 @@ def _sums(
     """
     unit, width = product.unit, LANES * product.unit.group
     sums, weights = local(count * PANEL, unit.total), local(VECTORS * width, unit.weights)
-    where = [[at(r * PANEL + v * LANES, LANES) for v in range(VECTORS)] for r in range(count)]
+    every = range(vectors)
+    where = [[at(r * PANEL + v * LANES, LANES) for v in every] for r in range(count)]
     for r in range(count):
-        for v in range(VECTORS):
+        for v in every:
             T.buffer_store(sums, fill(tirx.const(0, unit.total), LANES), [where[r][v]])
-    everything = tuple(range(VECTORS))
-    for vectors in [everything] if count <= rows.fit else [(v,) for v in everything]:
+    for at_once in [tuple(every)] if count <= rows.fit else [(v,) for v in every]:
         with T.serial(0, product.steps) as step:
-            if rows.fetch is not None and vectors[0] == 0:
+            if rows.fetch is not None and at_once[0] == 0:
                 rows.fetch(count, step)
-            for v in vectors:
+            for v in at_once:
                 value = product.weights(plane, panel, step, v)
                 T.buffer_store(weights, value, [at(v * width, width)])
             for r in range(count):
                 inputs = rows.buffer[rows.first + start + r, at(step * unit.group, unit.group)]
                 inputs = tirx.reinterpret("int32", inputs) if unit.group > 1 else inputs
                 inputs = fill(inputs, LANES)
-                for v in vectors:
+                for v in at_once:
                     value = unit.multiply(sums[where[r][v]], inputs, weights[at(v * width, width)])
                     T.buffer_store(sums, value, [where[r][v]])
-    return [[sums[where[r][v]] for v in range(VECTORS)] for r in range(count)]
+    return [[sums[where[r][v]] for v in every] for r in range(count)]
