@@ -96,7 +96,8 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     panels = _ceil(n, PANEL)
     # Of the last panel only the vectors that any channel is in.
     vectors = _ceil(n, _LANES) / 2
-    steps = vectors * _ceil(k, round(4 / facts.x_dtype_bytes))
+    depth = _ceil(k, round(4 / facts.x_dtype_bytes))
+    steps = vectors * depth
     tiles = _ceil(m, rows)
     share = _busiest(tiles * panels, units)
     full, rest = m // rows, m % rows
@@ -121,7 +122,7 @@ def _panels(sizes: Sizes, facts: FormFacts, machine: Machine) -> Terms:
     terms |= {
         "tiles": cuts * panels * share,
         "row_panels": m * vectors * share,
-        "half_steps": m * steps * share * (n <= _LANES),
+        "half_steps": m * depth / 2 * share * (_ceil(n, _LANES) % 2),
         "weights_l2": again * _beyond(reused, L1_BYTES),
         "weights_l3": (outer * blocks + (1 - outer)) * weights * _beyond(weights, machine.l2_bytes),
         "weights_memory": blocks * weights * _beyond(weights, machine.l3_bytes),
