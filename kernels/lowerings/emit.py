@@ -117,11 +117,10 @@ def at(offset: Any, lanes: int) -> Any:
     return offset if lanes == 1 else tirx.Ramp(offset, 1, lanes)
 
 
-def prefetch(buffer: Any, index: list[Any]) -> None:
+def prefetch(buffer: Any, index: list[Any], to_write: bool = False) -> None:
     """Asks for the cache line of an element, which may lie past the end of the buffer."""
-    T.evaluate(
-        tirx.call_intrin("void", "tirx.prefetch", T.address_of(buffer[tuple(index)]), 0, 3, 1)
-    )
+    address = T.address_of(buffer[tuple(index)])
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(to_write), 3, 1))
 
 
 def places(count: int, first: int = 0) -> list[Any]:

