@@ -11,6 +11,7 @@ from cost_models.features import (
     parallel_units,
     shape_group,
     sizes_of,
+    traffic_bytes,
 )
 from cost_models.fitted_model import PhysicalCore
 from cost_models.machine import Machine, machines, panel_rows
@@ -93,6 +94,33 @@ def test_rows_are_counted_as_whole_tiles_and_the_blocks_that_are_left():
     assert (terms["steps_of_4"], terms["steps_of_2"], terms["steps_of_1"]) == (15, 0, 15)
     halves = CORES["panels"](Sizes(1, 7 * 4, 10, 64), facts, Machine(units=2, tile_rows=7))
     assert halves["row_steps"] == 28 * 2 * 10 / 2
+
+
+def test_what_is_touched_in_turns_misses_a_cache_all_at_once():
+    facts, machine = form_facts("add_attention_pm1"), Machine(l3_bytes=2**20)
+
+    def missed(tokens):
+        sizes = Sizes(1, tokens, 32, 32)
+        terms = CORES["groups"](sizes, facts, machine)
+        return terms["streamed_memory"] / traffic_bytes(sizes, facts)
+
+    # Queries, keys, values and result: 512 bytes of each token.
+    assert missed(2**11 * 0.75) == 0 and missed(2**11 * 1.5) == 1
+    assert 0 < missed(2**11) < 0.5
+
+
+def test_the_first_bytes_of_a_token_are_not_waited_for():
+    facts, machine = form_facts("add_attention_pm1"), Machine(l3_bytes=1)
+    terms = CORES["groups"](Sizes(2, 100, 32, 32), facts, machine)
+    assert terms["waited_memory"] == 200 * (512 - 128)
+    assert CORES["groups"](Sizes(2, 100, 4, 4), facts, machine)["waited_memory"] == 0
+
+
+def test_half_panels_are_counted():
+    facts, machine = form_facts("mult_bf16"), Machine(tile_rows=7)
+    whole, half = (CORES["panels"](Sizes(1, 14, 64, n), facts, machine) for n in (64, 48))
+    assert (whole["half_steps"], half["half_steps"]) == (0, 14 * 32 / 2)
+    assert half["row_steps"] == whole["row_steps"] * 3 / 4
 
 
 def test_amx_is_counted_in_its_tiles_blocks_and_tasks():
