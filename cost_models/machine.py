@@ -16,7 +16,7 @@ PANEL = 32
 _FEW_ROWS = 4
 
 # Of x86 server cores 1 to 2 MiB, and some of it is the other thread's.
-_L2_LEVELS = tuple(L2_BYTES * quarters // 4 for quarters in (2, 3, 4, 6, 8))
+_L2_LEVELS = (L2_BYTES, 3 * L2_BYTES // 2, 2 * L2_BYTES)
 # Output tiles to choose from, (rows, columns): none, our schedules', the rival libraries'.
 _TILES = ((1, 1), (16, 32), (32, 32), (64, 64), (128, 64), (128, 128))
 
@@ -76,4 +76,8 @@ def machines(core: str, facts: FormFacts, device: DeviceInfo) -> tuple[Machine, 
     seen = {last_level * eighths // 8 for eighths in (2, 4, 5, 6, 8)}
     seen |= {min(last_level, size) for size in (LAST_LEVEL_BYTES, 3 * LAST_LEVEL_BYTES // 2)}
     tile = (panel_rows(device, facts), PANEL) if core == "panels" else (1, 1)
-    return tuple(Machine(units, *tile, l2, l3) for l3 in sorted(seen) for l2 in _L2_LEVELS)
+    # Buckets and tables of an attention stay in the second level beside what streams through it.
+    beside = (L2_BYTES // 2, 3 * L2_BYTES // 4) if core in ("groups", "chunks") else ()
+    return tuple(
+        Machine(units, *tile, l2, l3) for l3 in sorted(seen) for l2 in (*beside, *_L2_LEVELS)
+    )

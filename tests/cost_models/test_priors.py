@@ -26,7 +26,7 @@ from profiler.command_line import run
 from profiler.store import create_store
 
 WIDE = [(k, n) for k in (32, 128, 512, 2048) for n in (32, 128, 512, 2048)]
-NARROW = [(64, 64), (64, 96), (96, 64), (128, 128), (128, 64)]
+NARROW = [(64, 64), (64, 96), (96, 64), (128, 128), (128, 64), (96, 96), (128, 96)]
 FAR = [linear("shift_int8", m, k, n) for m in (49, 196) for k, n in ((1024, 1024), (1920, 512))]
 NEAR = [linear("shift_int8", 120, 80, 80), linear("shift_int8", 150, 100, 70)]
 
