@@ -184,7 +184,7 @@ def linear_panels(
 
         def ask_for(row: Any, panel: Any, vectors: int) -> None:
             # A panel writes two lines of each row of a tile, one row after the other: no pattern
-            # that the hardware's own prefetch goes by. Beyond the caches 1.05 to 1.28 times as
+            # that the hardware's own prefetch goes by. Beyond the caches up to 1.28 times as
             # fast on Zen 4, within them alike.
             for v in range(vectors):
                 prefetch(given.out, [row, panel * PANEL + v * LANES], to_write=True)
