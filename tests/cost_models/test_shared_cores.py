@@ -1,5 +1,6 @@
 """Rows of a shared core: a hint where there are few others, and never of held-out widths."""
 
+import math
 import random
 
 import numpy as np
@@ -23,15 +24,19 @@ FEW = rng.sample([w for w in EVERY if w.m < 100], 14)
 OTHERS = [w for w in EVERY if w not in FEW]
 
 
-def whole_ms(workload):
+def _arithmetic(workload):
+    """Tiles, and what no core counts: few rows do not show it, many do, wherever they are from."""
     tiles = -(-workload.m // 2) * -(-workload.n // 32)
-    return 2e-3 + 1e-6 * tiles * workload.k + 1e-8 * workload.traffic_bytes
+    return tiles * workload.k * (1.2 + 0.2 * math.sin(math.log2(workload.k * workload.n)))
+
+
+def whole_ms(workload):
+    return 2e-3 + 1e-6 * _arithmetic(workload) + 1e-8 * workload.traffic_bytes
 
 
 def shared_ms(workload):
     """A neighbour halves the speed of arithmetic, and the rest is as it was."""
-    tiles = -(-workload.m // 2) * -(-workload.n // 32)
-    return 3e-3 + 2e-6 * tiles * workload.k + 1e-8 * workload.traffic_bytes
+    return 3e-3 + 2e-6 * _arithmetic(workload) + 1e-8 * workload.traffic_bytes
 
 
 @pytest.fixture
