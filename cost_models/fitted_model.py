@@ -135,7 +135,7 @@ class _Process:
             correlations as well. In single precision, half as much to read at each lookup: what
             it explains is only an interval's variance.
         distances: ``distances @ (1, x · x, x)`` are five times the squared distances of a point,
-            and behind them a third of those and one.
+            and behind them a third of each, and one.
     """
 
     columns: NDArray[np.int64]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.baselines import BASELINES, baseline, names
-from kernels.build import LOWERINGS, BuildError, build, lowerings, set_threads
+from kernels.build import LOWERINGS, BuildError, build, compiled, lowerings, set_threads
 from kernels.forms import AROUND, FORMS
 from kernels.lowerings.code_groups import groups_of
 from kernels.reference import Operands, max_abs_error, oracle, random_operands
@@ -67,6 +67,19 @@ def test_neighbours_fused_around_a_linear_match_the_oracle(around, form):
         workload = linear(form, *shape, around)
         assert workload.form == form and workload.alone == linear(form, *shape)
         _matches(workload)
+
+
+@pytest.mark.parametrize("form", ["mult_fp32", "shift_int8"])
+def test_the_lines_of_results_are_asked_for_before_they_are_written(form):
+    target = replace(cpu_target("znver4"), amx=False)
+    lowering = lowerings(linear(form, 1, 32, 192), target)[0]
+    program = compiled(lowering, linear(form, 1, 32, 192).family, target)
+    to_write = [
+        line
+        for line in program.mod.inspect_source("ll").splitlines()
+        if "call void @llvm.prefetch" in line and "i32 1, i32 3, i32 1)" in line
+    ]
+    assert to_write
 
 
 def test_layer_norm_keeps_its_digits_far_from_zero():
