@@ -118,7 +118,7 @@ def at(offset: Any, lanes: int) -> Any:
 
 
 def prefetch(buffer: Any, index: list[Any], to_write: bool = False) -> None:
-    """Asks for an element's cache line, which may lie past the buffer's end: to read, or to write."""
+    """Asks for an element's cache line, to read or to write; it may lie past the buffer's end."""
     address = T.address_of(buffer[tuple(index)])
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(to_write), 3, 1))
 
