@@ -33,7 +33,7 @@ def test_no_kernel_is_faster_than_the_roof():
         seconds = [(_seconds(launch), _seconds(roof.launch)) for _ in range(10)]
         ours_s, roof_s = (min(side) for side in zip(*seconds, strict=True))
         # Where bf16 has no instruction of its own, some of the roof's sums are on the stack.
-        most = 1.15 if cpu_target().vector_bits == 512 else 1.3
+        most = 1.1 if cpu_target().vector_bits == 512 else 1.3
         assert 0.05 < (workload.macs / ours_s) / (roof.amount / roof_s) < most, form
 
 
