@@ -57,6 +57,11 @@ class Plan(nn.Module):
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         super().__init__()
         self._in_use = threading.Lock()
+        # Memory that is made in inference mode could be written to in no other.
+        with torch.inference_mode(False):
+            self._plan(model, example)
+
+    def _plan(self, model: nn.Module, example: Tensor) -> None:
         trace = trace_pass(model, example)
         # Their shapes and types alone.
         self._x, self._out = (part.to("meta") for part in (trace.x, trace.out))
@@ -146,17 +151,21 @@ def _apart(model: nn.Module, example: Tensor, some: int) -> Way:
     finally:
         set_threads(threads)
 
-    def work(own: dict[int, _Pass], left: Iterator[int], x: Tensor, out: Tensor) -> None:
-        for start in left:
-            part = slice(start, min(start + some, images))
-            own[part.stop - start].run(x[part], out[part])
+    def work(
+        own: dict[int, _Pass], left: Iterator[int], x: Tensor, out: Tensor, inference: bool
+    ) -> None:
+        with torch.inference_mode(inference):
+            for start in left:
+                part = slice(start, min(start + some, images))
+                own[part.stop - start].run(x[part], out[part])
 
     def run(x: Tensor, out: Tensor) -> None:
-        left = iter(starts)
-        others = [_others(threads - 1).submit(work, own, left, x, out) for own in passes[1:]]
+        # Of the caller's thread alone, and what is made in it no other mode may write to.
+        given = iter(starts), x, out, torch.is_inference_mode_enabled()
+        others = [_others(threads - 1).submit(work, own, *given) for own in passes[1:]]
         try:
             with _kernels_on(1):
-                work(passes[0], left, x, out)
+                work(passes[0], *given)
         finally:
             for done in others:
                 done.result()

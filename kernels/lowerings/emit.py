@@ -117,10 +117,17 @@ def at(offset: Any, lanes: int) -> Any:
     return offset if lanes == 1 else tirx.Ramp(offset, 1, lanes)
 
 
-def prefetch(buffer: Any, index: list[Any], to_write: bool = False) -> None:
-    """Asks for an element's cache line, to read or to write; it may lie past the buffer's end."""
+def prefetch(buffer: Any, index: list[Any], to_write: bool = False, level: int = 1) -> None:
+    """Asks for an element's cache line; it may lie past the buffer's end.
+
+    Args:
+        buffer: That has it.
+        index: Of the element.
+        to_write: Rather than to read; always into the first level.
+        level: Of the caches, 1 to 3.
+    """
     address = T.address_of(buffer[tuple(index)])
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(to_write), 3, 1))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(to_write), 4 - level, 1))
 
 
 def places(count: int, first: int = 0) -> list[Any]:

@@ -1,6 +1,7 @@
 """Plans: the model's results from flat lists of launches, in memory that lives share."""
 
 import copy
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -102,6 +103,27 @@ def test_each_way_gives_the_same(two_threads, monkeypatch):
         for each in out.values():
             torch.testing.assert_close(each, model(x), rtol=1e-3, atol=2e-2)
     assert get_threads() == 2
+
+
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_inference_mode_is_kept_by_each_thread(
+    two_threads, monkeypatch, made_in_inference_mode, apart
+):
+    model, number = _deployed("vit_tiny_patch16_224", depth=1, img_size=32), itertools.count()
+    monkeypatch.setattr(
+        Plan, "_seconds", lambda self, way, example: next(number) * (-1 if apart else 1)
+    )
+    with torch.inference_mode(made_in_inference_mode):
+        x = torch.randn(4, 3, 32, 32)
+        plan = Plan(model, x)
+    assert (plan.images_at_once is not None) == apart
+    with torch.no_grad():
+        expected = model(x)
+    for inference in (True, False):
+        with torch.inference_mode(inference), torch.no_grad():
+            torch.testing.assert_close(plan(x), expected, rtol=1e-3, atol=2e-2)
+            assert plan(x).is_inference() == inference
 
 
 def test_no_module_is_called_and_nothing_is_allocated_between_the_layers():
