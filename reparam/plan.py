@@ -54,14 +54,11 @@ class Plan(nn.Module):
         PlanError: If what the model does depends on more than the shape of its input.
     """
 
+    # Memory that is made in inference mode could be written to in no other.
+    @torch.inference_mode(False)
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         super().__init__()
         self._in_use = threading.Lock()
-        # Memory that is made in inference mode could be written to in no other.
-        with torch.inference_mode(False):
-            self._plan(model, example)
-
-    def _plan(self, model: nn.Module, example: Tensor) -> None:
         trace = trace_pass(model, example)
         # Their shapes and types alone.
         self._x, self._out = (part.to("meta") for part in (trace.x, trace.out))

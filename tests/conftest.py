@@ -12,6 +12,7 @@ from profiler.samples import Timing
 ALONE = (
     "bench",
     "kernels/test_last_panel.py",
+    "kernels/test_lines_ahead.py",
     "kernels/test_peaks.py",
     "profiler/test_contention.py",
     "profiler/test_noise.py",

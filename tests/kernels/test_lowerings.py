@@ -12,6 +12,9 @@ from kernels.baselines import BASELINES, baseline, names
 from kernels.build import LOWERINGS, BuildError, build, compiled, lowerings, set_threads
 from kernels.forms import AROUND, FORMS
 from kernels.lowerings.code_groups import groups_of
+from kernels.lowerings.emit import LANES
+from kernels.lowerings.panel_gemm import line_of_tile
+from kernels.packing import PANEL
 from kernels.reference import Operands, max_abs_error, oracle, random_operands
 from kernels.targets import TargetError, cpu_target, cuda_target
 from kernels.workload import WorkloadError, attention, linear
@@ -80,9 +83,24 @@ def test_lines_of_results_and_residuals_are_asked_for_in_time(form):
         lines = program.mod.inspect_source("ll").splitlines()
         return sum("call void @llvm.prefetch" in line and ahead in line for line in lines)
 
-    of_residuals = asked("residual") - asked()
-    # Of results as many, and some of x as its rows are prepared.
-    assert 0 < of_residuals <= asked()
+    # Of residuals as many as of results.
+    assert asked("residual") == 2 * asked() > 0
+
+
+@pytest.mark.parametrize("n", [32, 42, 48, 80, 192])
+def test_lines_of_a_tile_are_asked_for_in_the_order_of_addresses(n):
+    rows, panels = 6, -(-n // PANEL)
+    last = -(-(n - (panels - 1) * PANEL) // LANES)
+    vectors = [2] * (panels - 1) + [last]
+    lines = [
+        line_of_tile(rows, panel, row, vectors[panel], vector)
+        for panel in range(panels)
+        for row in range(rows)
+        for vector in range(vectors[panel])
+    ]
+    # Whole lines from the first of the tile to its last.
+    assert lines == list(range(0, len(lines) * LANES, LANES))
+    assert len(lines) * LANES >= rows * n
 
 
 def test_layer_norm_keeps_its_digits_far_from_zero():
