@@ -95,6 +95,24 @@ def local(shape: int | tuple[int, ...], dtype: str = "float32") -> Any:
     return T.decl_buffer(shape, dtype, data=vectors.data, scope="local")
 
 
+# In LLVM's language: an instruction that is none, and that it knows nothing of.
+ROLLED = """
+define linkonce_odr i32 @shiftadd_rolled(i32 %count) alwaysinline {
+  %same = call i32 asm "", "=r,0"(i32 %count)
+  ret i32 %same
+}
+"""
+
+
+def rolled(count: int) -> Any:
+    """How often a loop is passed, kept from LLVM, which would write few passes out.
+
+    In a straight line it moves loads up until registers no longer suffice, and the time then goes
+    by where a process happens to have its stack. The program must be given ``ROLLED``.
+    """
+    return T.call_extern("int32", "shiftadd_rolled", tirx.const(count, "int32"))
+
+
 def held(value: Any) -> Any:
     """An int32 that is computed once."""
     once = local(1, "int32")

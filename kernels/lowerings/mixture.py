@@ -18,7 +18,16 @@ from kernels.forms import FORMS
 from kernels.lowerings import amx, panel_rows
 from kernels.lowerings.activations import normalised, prepare_row
 from kernels.lowerings.arithmetic import fastest
-from kernels.lowerings.emit import LANES, argument, at, held, program, rows_of, workspace
+from kernels.lowerings.emit import (
+    LANES,
+    ROLLED,
+    argument,
+    at,
+    held,
+    program,
+    rows_of,
+    workspace,
+)
 from kernels.lowerings.expert_queues import ExpertQueues, Linear, Router
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import PanelProduct, Rows, store_row
@@ -142,7 +151,7 @@ def through_experts(
             the tokens of them.
     """
     arithmetic = {form: fastest(form, target) for form in sizes.forms}
-    llvm = {unit.llvm for unit, _ in arithmetic.values() if unit.llvm}
+    llvm = {ROLLED} | {unit.llvm for unit, _ in arithmetic.values() if unit.llvm}
 
     def body() -> None:
         images, each = T.int32(), T.int32()
@@ -168,7 +177,7 @@ def through_experts(
             first = held(thread * share)
             experts.emit(tokens, first, held(tirx.min(tokens.chunks - first, share)))
 
-    return program(body, "\n".join(sorted(llvm)) or None)
+    return program(body, "\n".join(sorted(llvm)))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,15 @@ from kernels.lowerings import panel_rows
 from kernels.lowerings.activations import prepare_row
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.arithmetic import ARITHMETIC
-from kernels.lowerings.emit import LANES, argument, prefetch, program, tiles, workspace
+from kernels.lowerings.emit import (
+    LANES,
+    ROLLED,
+    argument,
+    prefetch,
+    program,
+    tiles,
+    workspace,
+)
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import (
     Arithmetic,
@@ -240,7 +248,7 @@ def linear_panels(
 
             tiles(rows_here, groups, most, outer, from_workspace)
 
-    return program(body, own.unit.llvm)
+    return program(body, ROLLED + (own.unit.llvm or ""))
 
 
 @contextmanager

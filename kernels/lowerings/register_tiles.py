@@ -8,7 +8,7 @@ from typing import Any
 import tvm.script.ir_builder.tirx as T
 from tvm import tirx
 
-from kernels.lowerings.emit import LANES, at, fill, local, row_blocks
+from kernels.lowerings.emit import LANES, at, fill, local, rolled, row_blocks
 from kernels.lowerings.panel_product import VECTORS, PanelProduct, Rows
 from kernels.packing import PANEL
 from kernels.targets import KernelTarget
@@ -89,7 +89,7 @@ def _sums(
         for v in every:
             T.buffer_store(sums, fill(tirx.const(0, unit.total), LANES), [where[r][v]])
     for at_once in [tuple(every)] if count <= rows.fit else [(v,) for v in every]:
-        with T.serial(0, product.steps) as step:
+        with T.serial(0, rolled(product.steps)) as step:
             if rows.fetch is not None and at_once[0] == 0:
                 rows.fetch(count, step)
             for v in at_once:

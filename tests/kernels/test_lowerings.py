@@ -103,6 +103,19 @@ def test_lines_of_a_tile_are_asked_for_in_the_order_of_addresses(n):
     assert len(lines) * LANES >= rows * n
 
 
+@pytest.mark.parametrize("form", ["mult_int8", "shift_int4"])
+def test_few_steps_are_a_loop_like_many(form):
+    target = replace(cpu_target("znver4"), amx=False)
+
+    def products(k):
+        workload = linear(form, 1, k, 80, ("residual",))
+        program = compiled(lowerings(workload, target)[0], workload.family, target)
+        return program.mod.inspect_source("asm").count("vpdpbusd")
+
+    # Written out, four steps would be as many times as many.
+    assert products(16) == products(1600) > 0
+
+
 def test_layer_norm_keeps_its_digits_far_from_zero():
     workload = linear("mult_fp32", 20, 64, 32, ("layer_norm",))
     operands = random_operands(workload)
