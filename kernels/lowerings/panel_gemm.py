@@ -52,8 +52,8 @@ _PAGE_BYTES = 4096
 _LINE_BYTES = 64
 # Lines of results, and of what is added to them, are asked for so many tiles before: in the order
 # of addresses and into the second level. Beyond the caches, on Zen 4 with few inputs, up to 1.8
-# times as fast as row by row into the first level, with a residual up to 2.5; within them alike. All
-# lines of a tile in one go would gain a quarter to two fifths less.
+# times as fast as row by row into the first level, with a residual up to 2.5; within them alike.
+# All lines of a tile in one go would gain a quarter to two fifths less.
 _TILES_AHEAD = 2
 
 
