@@ -108,7 +108,7 @@ def rolled(count: int) -> Any:
     """How often a loop is passed, kept from LLVM, which would write few passes out.
 
     In a straight line it moves loads up until registers no longer suffice, and the time then goes
-    by where a process happens to have its stack. The program must be given ``ROLLED``.
+    by the addresses that a process happens to have. The program must be given ``ROLLED``.
     """
     return T.call_extern("int32", "shiftadd_rolled", tirx.const(count, "int32"))
 
