@@ -18,16 +18,7 @@ from kernels.forms import FORMS
 from kernels.lowerings import amx, panel_rows
 from kernels.lowerings.activations import normalised, prepare_row
 from kernels.lowerings.arithmetic import fastest
-from kernels.lowerings.emit import (
-    LANES,
-    ROLLED,
-    argument,
-    at,
-    held,
-    program,
-    rows_of,
-    workspace,
-)
+from kernels.lowerings.emit import LANES, ROLLED, argument, at, held, program, rows_of, workspace
 from kernels.lowerings.expert_queues import ExpertQueues, Linear, Router
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import PanelProduct, Rows, store_row

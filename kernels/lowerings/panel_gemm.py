@@ -17,15 +17,7 @@ from kernels.lowerings import panel_rows
 from kernels.lowerings.activations import prepare_row
 from kernels.lowerings.amx import BLOCK_ROWS
 from kernels.lowerings.arithmetic import ARITHMETIC
-from kernels.lowerings.emit import (
-    LANES,
-    ROLLED,
-    argument,
-    prefetch,
-    program,
-    tiles,
-    workspace,
-)
+from kernels.lowerings.emit import LANES, ROLLED, argument, prefetch, program, tiles, workspace
 from kernels.lowerings.gelu import gelu
 from kernels.lowerings.panel_product import (
     Arithmetic,
